@@ -1,0 +1,19 @@
+"""Trainer events, handed on to the trainer's own hooks; holds no state."""
+
+from transformers import TrainerCallback
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes and sets the learning rate before a step, keeps zeros after it."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.announce_run()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_step(state.global_step)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.method.end_step()

@@ -1,0 +1,122 @@
+"""When to prune and how far: the whole run as plain numbers (no torch)."""
+
+import math
+from dataclasses import asdict, dataclass
+
+# A goal that is missed by rounding error alone counts as reached (Renda et al.'s fixed fraction).
+GOAL_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of optimizer steps with one learning-rate schedule and one sparsity.
+
+    `cycle` is 0 for the dense phase and 1..J for the prune-retrain cycles; `start` is the first optimizer step of the
+    phase, `steps` its length.
+    """
+
+    cycle: int
+    start: int
+    steps: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of `total_steps` optimizer steps (T), of which those before the first pruning are dense (T0).
+
+    Pruning j (1..J) happens before optimizer step `prune_steps[j - 1]` and raises the sparsity of the prunable weights
+    to `sparsities[j - 1]`; before the first one it is `initial_sparsity` (S_0).
+    """
+
+    total_steps: int
+    prune_steps: tuple[int, ...] = ()
+    sparsities: tuple[float, ...] = ()
+    initial_sparsity: float = 0.0
+
+    @property
+    def num_cycles(self) -> int:
+        return len(self.prune_steps)
+
+    @property
+    def dense_steps(self) -> int:
+        return self.prune_steps[0] if self.prune_steps else self.total_steps
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The dense phase (where it has steps) and then every cycle."""
+        starts = (0, *self.prune_steps)
+        ends = (*self.prune_steps, self.total_steps)
+        levels = (self.initial_sparsity, *self.sparsities)
+        rows = zip(range(len(starts)), starts, ends, levels, strict=True)
+        return tuple(Phase(j, start, end - start, level) for j, start, end, level in rows if end > start)
+
+    def phase(self, step: int) -> Phase:
+        """The phase that optimizer step `step` (0..T-1) belongs to."""
+        return next(phase for phase in reversed(self.phases) if phase.start <= step)
+
+    def cycle_phase(self, cycle: int) -> Phase:
+        """The phase of prune-retrain cycle `cycle` (1..J)."""
+        return next(phase for phase in self.phases if phase.cycle == cycle)
+
+    def pruned_fraction(self, cycle: int) -> float:
+        """s_j: the planned fraction of the remaining weights that pruning `cycle` (1..J) removes."""
+        before = (self.initial_sparsity, *self.sparsities)[cycle - 1]
+        return 1 - (1 - self.sparsities[cycle - 1]) / (1 - before)
+
+    def to_dict(self) -> dict:
+        plan = asdict(self)
+        return plan | {"prune_steps": list(self.prune_steps), "sparsities": list(self.sparsities)}
+
+
+def cycle_sparsities(
+    target_sparsity: float, num_cycles: int | None, prune_fraction: float | None, initial_sparsity: float = 0.0
+) -> tuple[float, ...]:
+    """Sparsity after each pruning: every one removes the same fraction of the weights that remain.
+
+    With `num_cycles` (J) that fraction follows from the target; with `prune_fraction` (Renda et al., 2020) it is given,
+    J is the smallest number that reaches the target, and the last pruning meets the target exactly.
+    """
+    density, goal = 1 - initial_sparsity, 1 - target_sparsity
+    if prune_fraction is not None:
+        num_cycles, keep = 1, 1 - prune_fraction
+        while density * keep**num_cycles > goal + GOAL_TOLERANCE:
+            num_cycles += 1
+    else:
+        keep = (goal / density) ** (1 / num_cycles)
+    return (*(1 - density * keep**j for j in range(1, num_cycles)), target_sparsity)
+
+
+def make_plan(
+    total_steps: int,
+    target_sparsity: float | None = None,
+    num_cycles: int | None = 1,
+    dense_ratio: float = 0.5,
+    prune_fraction: float | None = None,
+    initial_sparsity: float = 0.0,
+) -> Plan:
+    """Splits a budget of `total_steps` (T) into T0 = round(dense_ratio * T) dense steps and J equal cycles.
+
+    The last cycle takes what does not divide. `num_cycles=0` plans no pruning at all. Raises `ValueError` where a phase
+    would have no step or the model is sparser than the target already.
+    """
+    if num_cycles == 0:
+        return Plan(total_steps, initial_sparsity=initial_sparsity)
+    if target_sparsity <= initial_sparsity:
+        raise ValueError(
+            f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go beyond "
+            "that. Raise target_sparsity, or pass num_cycles=0 with keep_zeros=True to fine-tune it as sparse as it is."
+        )
+    sparsities = cycle_sparsities(target_sparsity, num_cycles, prune_fraction, initial_sparsity)
+    cycles = len(sparsities)
+    dense_steps = round(dense_ratio * total_steps)
+    cycle_steps = (total_steps - dense_steps) // cycles
+    if cycle_steps < 1 or (dense_ratio > 0 and dense_steps < 1):
+        raise ValueError(
+            f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles leave {dense_steps} steps "
+            f"to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs at least 1. Train longer "
+            f"(max_steps or num_train_epochs), use fewer cycles, or change dense_ratio "
+            f"(at least {math.ceil(cycles / (1 - dense_ratio))} steps are needed as it is)."
+        )
+    prune_steps = tuple(dense_steps + j * cycle_steps for j in range(cycles))
+    return Plan(total_steps, prune_steps, sparsities, initial_sparsity)

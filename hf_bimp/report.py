@@ -1,0 +1,159 @@
+"""What a run did, read off its log: plan table, `bimp_results.json` and one picture."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers.utils import logging
+
+from .methods import IterativeMagnitudePruning
+from .schedules import ADAPTIVE
+
+RESULTS_NAME = "bimp_results.json"
+PLOT_NAME = "bimp_run.png"
+_NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")
+
+logger = logging.get_logger(__name__)
+
+
+def final_metrics(log_history: list[dict], step: int) -> dict[str, float]:
+    """The last evaluation at `step`, without the `eval_` prefix; empty where there was none."""
+    found = [entry for entry in log_history if entry["step"] == step and any(k.startswith("eval_") for k in entry)]
+    return {k: v for entry in found for k, v in _metrics(entry, "eval_").items()}
+
+
+def _metrics(entry: dict, prefix: str) -> dict[str, float]:
+    return {
+        k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix) and not k.endswith(_NOT_METRICS)
+    }
+
+
+def plan_table(method: IterativeMagnitudePruning, unit: float, dense_names: tuple[str, ...]) -> str:
+    """The plan as text: a row a phase with its steps, its sparsity and the largest learning rate."""
+    plan, rows = method.plan, [("phase", "steps", "sparsity", "peak learning rate")]
+    for phase in plan.phases:
+        if phase.cycle == 0:
+            name, peak = "dense" if plan.initial_sparsity == 0 else "zeros kept", f"{method.dense.peak * unit:.3g}"
+        elif phase.cycle <= method.cycle:
+            name, peak = f"cycle {phase.cycle}", f"{method.peaks[phase.cycle - 1] * unit:.3g}"
+        elif method.schedule in ADAPTIVE:
+            name, peak = f"cycle {phase.cycle}", f"d * {method.eta_1 * unit:.3g}"
+        else:
+            name, peak = f"cycle {phase.cycle}", f"{method.planned_peak(phase) * unit:.3g}"
+        steps = f"{phase.start}-{phase.start + phase.steps - 1}"
+        rows.append((name, f"{steps} ({phase.steps})", f"{phase.sparsity:.2%}", peak))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    weights = f"{method.masks.num_weights:,} prunable weights in {len(method.masks.weights)} tensors"
+    lines = [f"Plan: {weights}, retraining by {method.schedule}", *lines]
+    if dense_names:
+        shown = ", ".join(dense_names[:8]) + (f" and {len(dense_names) - 8} more" if len(dense_names) > 8 else "")
+        lines.append(f"Weight matrices that stay dense (embeddings aside): {shown}")
+    return "\n".join(lines)
+
+
+def collect_results(trainer, final: dict[str, float]) -> dict:
+    """Everything worth keeping of a finished run, as JSON; `final` are the metrics of the final model."""
+    method, log = trainer.method, trainer.state.log_history
+    prunings = [_pruning(entry, log) for entry in log if "prune_cycle" in entry]
+    settings = trainer.run_settings()
+    return {
+        "method": settings["method"],
+        "plan": method.plan.to_dict(),
+        "retrain_schedule": method.schedule,
+        "dense_schedule": settings["dense_schedule"],
+        "dense": prunings[0]["before"] if prunings else final,
+        "prunings": prunings,
+        "final": final,
+        "pruning_stability": _stability(prunings[-1]) if prunings else {},
+        "sparsity": sparsities(trainer),
+        "throughput": _last(log, "train_samples_per_second", "train_steps_per_second", "train_runtime"),
+        "seed": trainer.args.seed,
+        "num_processes": trainer.args.world_size,
+        "versions": {name: version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
+        "main_metric": main_metric(trainer.args.metric_for_best_model, final),
+    }
+
+
+def _pruning(entry: dict, log: list[dict]) -> dict:
+    """One pruning, with the metrics just before it, just after it, and after its retraining."""
+    later = [other["step"] for other in log if "prune_cycle" in other and other["step"] > entry["step"]]
+    end = later[0] if later else max(other["step"] for other in log)
+    before_next = [
+        _metrics(other, "before_prune_") for other in log if other["step"] == end and "prune_cycle" in other
+    ]
+    return {
+        "step": entry["step"],
+        **{k.removeprefix("prune_"): v for k, v in entry.items() if k.startswith("prune_")},
+        "before": _metrics(entry, "before_prune_"),
+        "after": _metrics(entry, "after_prune_"),
+        "retrained": before_next[0] if before_next else final_metrics(log, end),
+    }
+
+
+def _stability(pruning: dict) -> dict[str, float]:
+    """1 - (t_pre - t_post) / t_pre (Bartoldson et al., 2020) of every metric that is a score, not a loss."""
+    before, after = pruning["before"], pruning["after"]
+    return {
+        k: 1 - (before[k] - after[k]) / before[k]
+        for k in before
+        if not k.endswith("loss") and before[k] and k in after
+    }
+
+
+def sparsities(trainer) -> dict:
+    """Counted zeros, not planned ones: of the prunable weights, of all parameters, and of each prunable tensor."""
+    zeros = {name: int((weight == 0).sum()) for name, weight in trainer.method.masks.weights.items()}
+    parameters = list(trainer.model.parameters())
+    return {
+        "prunable": sum(zeros.values()) / trainer.method.masks.num_weights,
+        "all_parameters": sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters),
+        "per_layer": {name: zeros[name] / weight.numel() for name, weight in trainer.method.masks.weights.items()},
+    }
+
+
+def _last(log: list[dict], *names: str) -> dict[str, float]:
+    return next(({n: entry[n] for n in names if n in entry} for entry in reversed(log) if names[0] in entry), {})
+
+
+def main_metric(chosen: str | None, metrics: dict[str, float]) -> str | None:
+    """The metric to show: the one that chooses the best model, else the first that is not a loss, else the loss."""
+    if chosen is not None:
+        return chosen.removeprefix("eval_")
+    return next((name for name in metrics if not name.endswith("loss")), next(iter(metrics), None))
+
+
+def write_results(directory: str, results: dict) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    (Path(directory) / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def write_plot(directory: str, results: dict, log: list[dict], method: IterativeMagnitudePruning, unit: float) -> None:
+    """Learning rate, sparsity and main metric over the optimizer steps, as one PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning(f"No {PLOT_NAME}: matplotlib is missing. Install it with: pip install hf_bimp[plots]")
+        return
+    done = max((entry["step"] for entry in log), default=0)
+    steps = range(0, done, max(done // 2000, 1))
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    rate, sparsity, metric = figure.subplots(3, 1, sharex=True)
+    rate.plot(steps, [method.rate(step) * unit for step in steps], color="tab:blue")
+    rate.set_ylabel("learning rate")
+    sparsity.plot(steps, [100 * method.plan.phase(step).sparsity for step in steps], color="tab:orange")
+    sparsity.set(ylabel="sparsity (%)", ylim=(-2, 102))
+    name = results["main_metric"]
+    if name is not None:
+        points = _metric_points(log, name)
+        metric.plot(*zip(*points, strict=True), marker=".", color="tab:green") if points else None
+        metric.set_ylabel(name)
+    metric.set_xlabel("optimizer step")
+    for axis in (rate, sparsity, metric):
+        axis.grid(alpha=0.3)
+    figure.savefig(Path(directory) / PLOT_NAME, dpi=120)
+
+
+def _metric_points(log: list[dict], name: str) -> list[tuple[int, float]]:
+    keys = (f"eval_{name}", f"before_prune_{name}", f"after_prune_{name}")
+    return [(entry["step"], entry[key]) for entry in log for key in keys if key in entry]

@@ -1,0 +1,356 @@
+"""`BIMPTrainer`: a `Trainer` whose `train()` is one whole run of dense training, prunings and retrainings."""
+
+import contextlib
+import os
+import random
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
+from . import checkpoint as ckpt
+from .callback import PruningCallback
+from .checks import check_devices, check_model, check_optimizer, check_scheduler
+from .dense import DenseHistory
+from .masks import Masks
+from .methods import IterativeMagnitudePruning, Pruning
+from .model_card import write_model_card
+from .plan import Plan, make_plan
+from .prunable import find_prunable
+from .report import collect_results, final_metrics, plan_table, write_plot, write_results
+from .scheduler import PlannedScheduler
+
+logger = logging.get_logger(__name__)
+
+
+class BIMPTrainer(Trainer):
+    """Trains, prunes and retrains within one `train()` call, as `BIMPArguments` says.
+
+    It takes what `Trainer` takes, except for a learning-rate scheduler of one's own. Once training has begun, `plan`
+    holds the steps of all prunings and the sparsities they reach, and `method.masks` what is pruned.
+    """
+
+    method: IterativeMagnitudePruning | None = None
+    _resumed: dict | None = None  # the state of the checkpoint that this run continues
+    _history: DenseHistory | None = None  # of the dense phase, planned or long past
+    _ignore_keys: list[str] | None = None
+    results: dict | None = None  # of the finished run, as in bimp_results.json
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_devices(self.args.n_gpu, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        check_model(self.model)
+        check_scheduler(self.lr_scheduler)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
+        if self.optimizer_cls_and_kwargs is not None:
+            check_optimizer(self.optimizer_cls_and_kwargs[0])
+        find_prunable(self.model, self.args.prune_modules, self.args.skip_modules)
+        if self.compute_loss_func is None:
+            # Has Trainer count the items of a whole batch; compute_loss then normalises by them for any model.
+            self.model_accepts_loss_kwargs = True
+        self.add_callback(PruningCallback(self))
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the run; None until `train()` has made it."""
+        return self.method and self.method.plan
+
+    # ---- Setting up a run ----
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """One whole run. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint.
+
+        At its end `bimp_results.json` and `bimp_run.png` are in the output directory and, unless
+        `save_strategy="no"`, the model. Raises `ValueError` where the arguments, the model and a checkpoint to resume
+        from do not go together, before anything is trained or written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = ckpt.last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from. Call train() without "
+                    "resume_from_checkpoint to start afresh."
+                )
+        self._resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._ignore_keys = ignore_keys_for_eval
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._finish(trial)
+        return output
+
+    def create_optimizer(self, model=None):
+        found = find_prunable(self.model, self.args.prune_modules, self.args.skip_modules)
+        self._masks, self._dense_names = Masks(found.weights), found.dense_names
+        optimizer = super().create_optimizer(model)
+        check_optimizer(getattr(optimizer, "optimizer", optimizer))  # a second train() finds it wrapped by Accelerate
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Makes the plan, the method and the scheduler that follows them."""
+        args = self.args
+        args.validate()
+        if args.keep_zeros:
+            self._masks.keep_zeros()
+        # Resumed weights hold the zeros of later prunings too.
+        initial = self._resumed["settings"]["plan"]["initial_sparsity"] if self._resumed else self._masks.sparsity
+        num_cycles = 1 if args.num_cycles is None else args.num_cycles
+        if args.method == "dense":
+            num_cycles = 0
+        plan = make_plan(
+            num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
+        )
+        optimizer = self.optimizer if optimizer is None else optimizer
+        base = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+        self._history = self._dense_history(plan, base)
+        dense = self._history and self._history.rates(unit=base)
+        self.method = IterativeMagnitudePruning(
+            plan,
+            self._masks,
+            eta_1=dense.peak if dense else args.learning_rate / base,
+            dense=dense,
+            retrain_schedule=args.retrain_schedule,
+            tuned_rate=args.retrain_learning_rate and args.retrain_learning_rate / base,
+            warmup_ratio=args.retrain_warmup_ratio,
+            train_accuracy=self.train_accuracy,
+        )
+        self.lr_scheduler = PlannedScheduler(optimizer, self.method.rate)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _dense_history(self, plan: Plan, learning_rate: float) -> DenseHistory | None:
+        """The dense phase of this run, or with none in it that of the given model, if it is known."""
+        args = self.args
+        if plan.dense_steps == 0 and args.dense_steps is None:
+            if self._resumed:
+                saved = self._resumed["dense_history"]
+                return saved and DenseHistory(**saved)
+            history = ckpt.find_dense_history(getattr(getattr(self.model, "config", None), "name_or_path", ""))
+            if history is None and args.retrain_schedule in ("allr", "acc_allr"):
+                logger.warning(
+                    f"The dense training of this model is not known, so {args.retrain_schedule} goes by the pruning's "
+                    "impact d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
+                )
+            return history
+        steps = plan.dense_steps or args.dense_steps
+        return DenseHistory(
+            steps=steps,
+            learning_rate=learning_rate,
+            lr_scheduler_type=args.lr_scheduler_type.value,
+            warmup_steps=args.get_warmup_steps(steps),
+            lr_scheduler_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            lr_milestones=args.lr_milestones,
+            lr_gamma=args.lr_gamma,
+        )
+
+    def announce_run(self) -> None:
+        """Prints the plan, and what a resumed run cannot promise."""
+        if self.is_world_process_zero():
+            print(plan_table(self.method, self.base_learning_rate, self._dense_names), flush=True)
+        if self._resumed and not float(self.state.epoch or 0).is_integer():
+            what = "Items that draw random numbers (augmentation) come out differently than without the interruption"
+            if self.args.train_sampling_strategy == "group_by_length":
+                what = "train_sampling_strategy='group_by_length' shuffles differently after a resume"
+            logger.warning(
+                f"Resuming in the middle of an epoch. {what}; only from a checkpoint at the end of an epoch is the "
+                "result exactly the same (save_strategy='epoch')."
+            )
+
+    @property
+    def base_learning_rate(self) -> float:
+        """The unit of the method's rates: the optimizer's own learning rate."""
+        return max(self.lr_scheduler.base_lrs)
+
+    # ---- Steps ----
+
+    def begin_step(self, step: int) -> None:
+        """Before optimizer step `step`: the pruning that is due, then the learning rate.
+
+        Evaluation and checkpoints of the step before have seen the finished phase, and a run resumed from such a
+        checkpoint does the pruning again.
+        """
+        if self.method.is_due(step):
+            self._prune()
+        self.lr_scheduler.set_step(step)
+
+    def _prune(self) -> None:
+        before = self._measure("before_prune")
+        pruning = self.method.prune(self.optimizer)
+        self._check_ranks_agree(pruning)
+        record = {
+            f"prune_{key}": value for key, value in asdict(pruning).items() if key != "step" and value is not None
+        }
+        record["prune_retrain_peak"] = pruning.retrain_peak * self.base_learning_rate
+        self.log(record | before | self._measure("after_prune"))
+
+    def _check_ranks_agree(self, pruning: Pruning) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        mine = torch.tensor([self._masks.checksum(), pruning.d1], dtype=torch.float64, device=self.args.device)
+        everyone = self.accelerator.gather(mine).view(-1, len(mine))
+        if not torch.equal(everyone, mine.expand_as(everyone)):
+            raise RuntimeError(
+                f"The processes prune differently in cycle {pruning.cycle} (mask checksum, d1 by rank: "
+                f"{everyone.tolist()}): their weights had drifted apart. Check that each process starts from the same "
+                "weights and that nothing updates them outside of the optimizer."
+            )
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Here and not in on_pre_optimizer_step: clipping comes between, and its norm must not see pruned weights.
+        if self.accelerator.sync_gradients:
+            self.method.edit_gradients()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean loss per label of the whole accumulated batch, on all processes.
+
+        Models return the mean over their own micro-batch, and many (T5, BART, classification heads) ignore
+        `num_items_in_batch`; weighting it with the micro-batch's share of the labels is right for all of them.
+        """
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = None
+        if num_items_in_batch is not None and self.model.training:
+            labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"]
+            if self._loss_shifts_labels and "shift_labels" not in inputs:
+                labels = labels[..., 1:]
+            share = labels.ne(-100).sum() / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                share = share * self.accelerator.num_processes  # DDP averages the gradients of the processes
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if share is not None:
+            loss = loss * share
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- Measuring ----
+
+    def _measure(self, prefix: str) -> dict[str, float]:
+        """Metrics of the model as it is, on the evaluation data, under `prefix`; leaves the random state alone."""
+        if self.eval_dataset is None or not self.args.evaluate_prunings:
+            return {}
+        last = final_metrics(self.state.log_history, self.state.global_step)
+        if prefix == "before_prune" and last:
+            return {f"{prefix}_{name}": value for name, value in last.items()}
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        loss_only = self.args.prediction_loss_only
+        self.args.prediction_loss_only = loss_only or self.compute_metrics is None
+        metrics = {}
+        try:
+            with preserved_random_state():
+                for name, dataset in sets.items():
+                    full_prefix = f"{prefix}_{name}" if name else prefix
+                    metrics |= self.predict(dataset, self._ignore_keys, metric_key_prefix=full_prefix).metrics
+        finally:
+            self.args.prediction_loss_only = loss_only
+        noise = ("_runtime", "_per_second", "_time")
+        return {name: value for name, value in metrics.items() if not name.endswith(noise)}
+
+    @torch.no_grad()
+    def train_accuracy(self) -> float:
+        """Share of the training labels (tokens, for sequences) that the model gets right, in evaluation mode."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        self.model.eval()
+        with preserved_random_state():
+            for inputs in self.get_eval_dataloader(self.train_dataset):
+                inputs = self._prepare_inputs(inputs)
+                labels = inputs["labels"]
+                with self.compute_loss_context_manager():
+                    outputs = self.model(**inputs)
+                logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+                predictions = logits.argmax(-1)
+                if self._loss_shifts_labels:
+                    predictions, labels = predictions[..., :-1], labels[..., 1:]
+                counted = labels.ne(-100)
+                right = (
+                    (predictions.eq(labels) & counted).flatten(1).sum(-1)
+                    if labels.ndim > 1
+                    else predictions.eq(labels)
+                )
+                total = counted.flatten(1).sum(-1) if labels.ndim > 1 else counted
+                # One row an item, so that the copies that fill up the last batch of some processes are dropped.
+                counts += self.accelerator.gather_for_metrics(torch.stack([right.long(), total.long()], 1)).sum(0)
+        self.model.train()
+        return (counts[0] / counts[1]).item()
+
+    def _determine_best_metric(self, metrics, trial):
+        # Before the last pruning nothing is best. EarlyStoppingCallback waits too: its patience starts with a best one.
+        return self.method.is_complete and super()._determine_best_metric(metrics, trial)
+
+    # ---- Saving and resuming ----
+
+    def run_settings(self) -> dict:
+        """What a resumed run must share with the one it continues."""
+        args, history = self.args, self._history
+        return {
+            "method": args.method,
+            "plan": self.plan.to_dict(),
+            "retrain_schedule": args.retrain_schedule,
+            "retrain_learning_rate": args.retrain_learning_rate,
+            "retrain_warmup_ratio": self.method.warmup_ratio,
+            "dense_schedule": history and asdict(history),
+            "prune_modules": args.prune_modules,
+            "skip_modules": args.skip_modules,
+        }
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = output_dir or self.args.output_dir
+        if self.args.should_save:
+            ckpt.forget_completion(output_dir)
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.method is not None:
+            has_history = self.state.global_step >= self.plan.dense_steps
+            history = self._history if has_history else None
+            ckpt.write_state(output_dir, self.run_settings(), self.method.state_dict(), history)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._masks.save(os.path.join(output_dir, ckpt.MASKS_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        ckpt.check_same_settings(checkpoint, self._resumed["settings"], self.run_settings())
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
+        self.method.load_state_dict(self._resumed["progress"])
+
+    def _finish(self, trial) -> None:
+        """Saves the final model, measures it where that was not done, and writes results and picture."""
+        if self.method.is_complete is False:
+            logger.warning(
+                f"Training stopped after {self.method.cycle} of {self.plan.num_cycles} prunings: the model is "
+                f"{self._masks.sparsity:.2%} sparse."
+            )
+        if self.eval_dataset is not None and not self._final_metrics():
+            self.evaluate(ignore_keys=self._ignore_keys)
+        directory = self._get_output_dir(trial)
+        if self.args.save_strategy != "no" and trial is None:
+            self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self.results = collect_results(self, self._final_metrics())
+            write_results(directory, self.results)
+            write_plot(directory, self.results, self.state.log_history, self.method, self.base_learning_rate)
+
+    def _final_metrics(self) -> dict[str, float]:
+        """Of the model as it is now: the best one, if that was loaded, or the last."""
+        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        step = self.state.best_global_step if is_best else self.state.global_step
+        return final_metrics(self.state.log_history, step)
+
+    def create_model_card(self, *args, **kwargs):
+        write_model_card(self, *args, **kwargs)
+
+
+class BIMPSeq2SeqTrainer(BIMPTrainer, Seq2SeqTrainer):
+    """`BIMPTrainer` that evaluates by generating, as `Seq2SeqTrainer` does."""
+
+
+@contextlib.contextmanager
+def preserved_random_state():
+    """Whatever is drawn inside leaves Python's, NumPy's and torch's random numbers as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
