@@ -1,0 +1,39 @@
+"""The command line of every recipe: an optional YAML or JSON file, then arguments that override it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def parse(dataclass_types: tuple[type, ...], default_config: str | None = None) -> tuple[Any, ...]:
+    """Instances of the dataclasses, from `[config.yaml] [--any_argument ...]`.
+
+    Without a config file `configs/<default_config>` holds. Raises `SystemExit` where a key of the file is no argument.
+    """
+    arguments = sys.argv[1:]
+    path = CONFIGS / default_config if default_config else None
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        path = Path(arguments.pop(0))
+    parser = HfArgumentParser(dataclass_types)
+    if path is not None:
+        config = _read(path)
+        known = {action.dest for action in parser._actions}
+        if unknown := config.keys() - known:
+            parser.error(f"{path}: no such argument: {', '.join(sorted(unknown))}")
+        for action in parser._actions:  # what the file gives is no longer required on the command line
+            action.required = action.required and action.dest not in config
+        parser.set_defaults(**config)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        sys.exit(f"{path}: no such config file; the project's own are in {CONFIGS}")
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
