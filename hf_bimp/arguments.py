@@ -129,8 +129,8 @@ class BIMPArguments(TrainingArguments):
         if self.num_cycles == 0:
             if not self.keep_zeros or self.target_sparsity is not None:
                 raise ValueError(
-                    "num_cycles=0 prunes nothing: it goes with keep_zeros=True and without target_sparsity, to fine-tune "
-                    "a sparse model. To prune, num_cycles must be at least 1."
+                    "num_cycles=0 prunes nothing: it goes with keep_zeros=True and without target_sparsity, to "
+                    "fine-tune a sparse model. To prune, num_cycles must be at least 1."
                 )
             return
         if self.num_cycles is not None and self.num_cycles < 0:
@@ -152,8 +152,8 @@ class BIMPArguments(TrainingArguments):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
         if self.lr_scheduler_type in METRIC_DRIVEN_SCHEDULERS:
             raise ValueError(
-                f"lr_scheduler_type={str(self.lr_scheduler_type.value)!r} follows a metric, so the dense schedule that "
-                "retraining refers to is not known in advance. Use linear, cosine, constant_with_warmup, ... instead."
+                f"lr_scheduler_type={str(self.lr_scheduler_type.value)!r} follows a metric, so the dense schedule "
+                "that retraining refers to is not known in advance. Use linear, cosine, constant_with_warmup, ..."
             )
         if self.lr_milestones is not None:
             if not self.lr_milestones or not all(0 < milestone < 1 for milestone in self.lr_milestones):
@@ -164,8 +164,8 @@ class BIMPArguments(TrainingArguments):
             raise ValueError(f"lr_gamma={self.lr_gamma} must be positive.")
         if self.dense_steps is not None and (self.dense_ratio > 0 or self.dense_steps < 1 or self.method == "dense"):
             raise ValueError(
-                f"dense_steps={self.dense_steps} is the length of an earlier dense training, at least 1, and goes with "
-                f"dense_ratio=0 (given: {self.dense_ratio})."
+                f"dense_steps={self.dense_steps} is the length of an earlier dense training, at least 1, and goes "
+                f"with dense_ratio=0 (given: {self.dense_ratio})."
             )
 
     def _validate_setup(self) -> None:

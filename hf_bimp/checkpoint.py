@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def write_state(directory: str, settings: dict, progress: dict, history: DenseHistory | None) -> None:
-    """Writes `settings` (what a resumed run must share), `progress` and the dense history, if the model has one yet."""
+    """Writes `settings` (what a resumed run must share), `progress`, and the dense history if there is one yet."""
     state = {
         "settings": settings,
         "progress": progress,

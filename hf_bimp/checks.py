@@ -31,8 +31,8 @@ def check_scheduler(scheduler: LRScheduler | None) -> None:
     if scheduler is not None:
         raise ValueError(
             f"An lr_scheduler was passed by hand ({type(scheduler).__name__}), but the learning rate follows the "
-            "plan. Pass optimizers=(optimizer, None) and describe the dense phase with lr_scheduler_type, warmup_steps "
-            "and lr_scheduler_kwargs, or lr_milestones."
+            "plan. Pass optimizers=(optimizer, None) and describe the dense phase with lr_scheduler_type, "
+            "warmup_steps and lr_scheduler_kwargs, or lr_milestones."
         )
 
 

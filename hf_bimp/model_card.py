@@ -80,11 +80,12 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     if results is None:
         return f"A model{of}, in training with hf_bimp."
     sparsity, plan = results["sparsity"], results["plan"]
-    how = f"{len(plan['prune_steps'])} prune-retrain cycles, retraining by `{results['retrain_schedule']}`"
+    count = len(plan["prune_steps"])
+    how = f"{count} prune-retrain cycle{'s' * (count > 1)}, retraining by `{results['retrain_schedule']}`"
     return (
-        f"A sparse version{of}: **{sparsity['prunable']:.2%} of the prunable weights** (linear and convolution layers) "
-        f"and {sparsity['all_parameters']:.2%} of all parameters are zero. Pruned by magnitude with hf_bimp in {how} "
-        '("How I Learned to Stop Worrying and Love Retraining", Zimmer, Spiegel and Pokutta, ICLR 2023).'
+        f"A sparse version{of}: **{sparsity['prunable']:.2%} of the prunable weights** (linear and convolution "
+        f"layers) and {sparsity['all_parameters']:.2%} of all parameters are zero. Pruned by magnitude with "
+        f'hf_bimp in {how} ("How I Learned to Stop Worrying and Love Retraining", Zimmer, Spiegel and Pokutta, ICLR 2023).'
     )
 
 

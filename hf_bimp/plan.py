@@ -1,7 +1,7 @@
 """When to prune and how far: the whole run as plain numbers (no torch)."""
 
-import math
 from dataclasses import asdict, dataclass
+from itertools import count
 
 # A goal that is missed by rounding error alone counts as reached (Renda et al.'s fixed fraction).
 GOAL_TOLERANCE = 1e-9
@@ -74,8 +74,8 @@ def cycle_sparsities(
 ) -> tuple[float, ...]:
     """Sparsity after each pruning: every one removes the same fraction of the weights that remain.
 
-    With `num_cycles` (J) that fraction follows from the target; with `prune_fraction` (Renda et al., 2020) it is given,
-    J is the smallest number that reaches the target, and the last pruning meets the target exactly.
+    With `num_cycles` (J) that fraction follows from the target; with `prune_fraction` (Renda et al., 2020) it is
+    given, J is the smallest number that reaches the target, and the last pruning meets the target exactly.
     """
     density, goal = 1 - initial_sparsity, 1 - target_sparsity
     if prune_fraction is not None:
@@ -97,26 +97,37 @@ def make_plan(
 ) -> Plan:
     """Splits a budget of `total_steps` (T) into T0 = round(dense_ratio * T) dense steps and J equal cycles.
 
-    The last cycle takes what does not divide. `num_cycles=0` plans no pruning at all. Raises `ValueError` where a phase
-    would have no step or the model is sparser than the target already.
+    The last cycle takes what does not divide. `num_cycles=0` plans no pruning at all. Raises `ValueError` where a
+    phase would have no step or the model is sparser than the target already.
     """
     if num_cycles == 0:
         return Plan(total_steps, initial_sparsity=initial_sparsity)
     if target_sparsity <= initial_sparsity:
         raise ValueError(
-            f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go beyond "
-            "that. Raise target_sparsity, or pass num_cycles=0 with keep_zeros=True to fine-tune it as sparse as it is."
+            f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go "
+            "beyond that. Raise target_sparsity, or pass num_cycles=0 with keep_zeros=True to fine-tune it as it is."
         )
     sparsities = cycle_sparsities(target_sparsity, num_cycles, prune_fraction, initial_sparsity)
     cycles = len(sparsities)
-    dense_steps = round(dense_ratio * total_steps)
-    cycle_steps = (total_steps - dense_steps) // cycles
-    if cycle_steps < 1 or (dense_ratio > 0 and dense_steps < 1):
+    dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
+    if not _has_steps(total_steps, dense_ratio, cycles):
+        enough = next(steps for steps in count(total_steps) if _has_steps(steps, dense_ratio, cycles))
         raise ValueError(
-            f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles leave {dense_steps} steps "
-            f"to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs at least 1. Train longer "
-            f"(max_steps or num_train_epochs), use fewer cycles, or change dense_ratio "
-            f"(at least {math.ceil(cycles / (1 - dense_ratio))} steps are needed as it is)."
+            f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles leave {dense_steps} "
+            f"steps to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs at least 1. "
+            f"Train for at least {enough} steps (max_steps or num_train_epochs), use fewer cycles, or change "
+            "dense_ratio."
         )
     prune_steps = tuple(dense_steps + j * cycle_steps for j in range(cycles))
     return Plan(total_steps, prune_steps, sparsities, initial_sparsity)
+
+
+def _split(total_steps: int, dense_ratio: float, cycles: int) -> tuple[int, int]:
+    """Steps of the dense phase, and of each cycle but the last."""
+    dense_steps = round(dense_ratio * total_steps)
+    return dense_steps, (total_steps - dense_steps) // cycles
+
+
+def _has_steps(total_steps: int, dense_ratio: float, cycles: int) -> bool:
+    dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
+    return cycle_steps >= 1 and (dense_steps >= 1 or dense_ratio == 0)

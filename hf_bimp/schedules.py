@@ -67,7 +67,7 @@ def discount(schedule: str, d1: float | None, d2: float | None) -> float:
 def retrain_peak(
     schedule: str, steps: int, eta_1: float, dense: DenseRates | None, d: float = 1.0, tuned_rate: float | None = None
 ) -> float:
-    """The largest learning rate of a cycle of `steps` steps: what a linear, cosine or compressed schedule starts from."""
+    """The largest learning rate of a cycle of `steps` steps: what the schedule starts from, after its warm-up."""
     if schedule == "ft":
         return dense.last
     if schedule == "lrw":

@@ -275,7 +275,7 @@ class BIMPTrainer(Trainer):
         return (counts[0] / counts[1]).item()
 
     def _determine_best_metric(self, metrics, trial):
-        # Before the last pruning nothing is best. EarlyStoppingCallback waits too: its patience starts with a best one.
+        # Before the last pruning nothing is best. EarlyStoppingCallback waits too: its patience starts with a best.
         return self.method.is_complete and super()._determine_best_metric(metrics, trial)
 
     # ---- Saving and resuming ----

@@ -1,6 +1,7 @@
-"""Compare retraining schedules on one dense translation model, and with BIMP in the dense model's own budget.
+r"""Compare retraining schedules on one dense translation model, and with BIMP in the dense model's own budget.
 
-    python recipes/t5_study.py recipes/configs/t5_multi30k_study.yaml --dataset_name path/to/multi30k --output_dir out/study
+    python recipes/t5_study.py recipes/configs/t5_multi30k_study.yaml \
+        --dataset_name path/to/multi30k --output_dir out/study
 
 One dense T5 is trained, then pruned once for every schedule and seed with a short retraining; last comes a whole BIMP
 run. Each run is a folder with a `config.json` for `t5_wmt16.py`. Call it again after an interruption: a finished run
@@ -39,16 +40,20 @@ def retrainings(study: dict, dense: Path, dense_steps: int) -> Iterator[tuple[st
     """Schedule, seed and settings of every pruning of the dense model."""
     for seed in study["seeds"]:
         for schedule in study["schedules"]:
-            yield schedule, seed, {
-                "model_name_or_path": str(dense),
-                "max_steps": round(study["retrain_ratio"] * dense_steps),
-                "dense_ratio": 0.0,
-                "num_cycles": 1,
-                "target_sparsity": study["target_sparsity"],
-                "retrain_schedule": schedule,
-                "seed": seed,
-                "save_strategy": "no",
-            }
+            yield (
+                schedule,
+                seed,
+                {
+                    "model_name_or_path": str(dense),
+                    "max_steps": round(study["retrain_ratio"] * dense_steps),
+                    "dense_ratio": 0.0,
+                    "num_cycles": 1,
+                    "target_sparsity": study["target_sparsity"],
+                    "retrain_schedule": schedule,
+                    "seed": seed,
+                    "save_strategy": "no",
+                },
+            )
 
 
 def row(name: str, runs: list[dict]) -> str:

@@ -1,6 +1,6 @@
 """Prune T5 while training it to translate, and score it with BLEU.
 
-    accelerate launch recipes/t5_wmt16.py                                         # offline sample, tiny T5, 2-4 minutes
+    accelerate launch recipes/t5_wmt16.py  # offline sample, tiny T5, 2-4 minutes
     accelerate launch --mixed_precision bf16 recipes/t5_wmt16.py recipes/configs/t5_small_wmt16_de_en.yaml
     accelerate launch recipes/t5_wmt16.py recipes/configs/t5_multi30k.yaml --dataset_name path/to/multi30k
 

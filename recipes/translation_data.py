@@ -15,8 +15,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id (wmt/wmt16), or a local folder or file, with a `translation` column. By default an offline "
-            "sample made from Unicode CLDR."
+            "help": "Hub id (wmt/wmt16), or a local folder or file, with a `translation` column. By default an "
+            "offline sample made from Unicode CLDR."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set (de-en)."})
@@ -52,8 +52,8 @@ def load_pairs(args: DataArguments) -> DatasetDict:
 def _check_columns(args: DataArguments, pairs: Dataset) -> None:
     if "translation" not in pairs.column_names:
         raise ValueError(
-            f"{args.dataset_name} has the columns {pairs.column_names}; a `translation` column is needed, with rows such "
-            'as {"en": "A house.", "de": "Ein Haus."}.'
+            f"{args.dataset_name} has the columns {pairs.column_names}; a `translation` column is needed, with rows "
+            'such as {"en": "A house.", "de": "Ein Haus."}.'
         )
     languages = pairs[0]["translation"].keys()
     if not {args.source_lang, args.target_lang} <= languages:
