@@ -162,7 +162,9 @@ class BIMPArguments(TrainingArguments):
                 raise ValueError("lr_milestones is a schedule of its own: leave lr_scheduler_type out.")
         if self.lr_gamma <= 0:
             raise ValueError(f"lr_gamma={self.lr_gamma} must be positive.")
-        if self.dense_steps is not None and (self.dense_ratio > 0 or self.dense_steps < 1 or self.method == "dense"):
+        if self.dense_steps is not None and (
+            self.dense_ratio > 0 or self.dense_steps < 1 or self.method == "dense" or self.num_cycles == 0
+        ):
             raise ValueError(
                 f"dense_steps={self.dense_steps} is the length of an earlier dense training, at least 1, and goes "
                 f"with dense_ratio=0 (given: {self.dense_ratio})."

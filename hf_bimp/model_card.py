@@ -79,13 +79,15 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     of = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     if results is None:
         return f"A model{of}, in training with hf_bimp."
-    sparsity, plan = results["sparsity"], results["plan"]
-    count = len(plan["prune_steps"])
-    how = f"{count} prune-retrain cycle{'s' * (count > 1)}, retraining by `{results['retrain_schedule']}`"
+    cycles = len(results["plan"]["prune_steps"])
+    how = f"{cycles} prune-retrain cycle{'s' * (cycles > 1)}, retraining by `{results['retrain_schedule']}`"
+    if not cycles:
+        how = "no pruning, only training with the zeros held" if results["plan"]["initial_sparsity"] else "no pruning"
     return (
-        f"A sparse version{of}: **{sparsity['prunable']:.2%} of the prunable weights** (linear and convolution "
-        f"layers) and {sparsity['all_parameters']:.2%} of all parameters are zero. Pruned by magnitude with "
-        f'hf_bimp in {how} ("How I Learned to Stop Worrying and Love Retraining", Zimmer, Spiegel and Pokutta, ICLR 2023).'
+        f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** (those of linear "
+        f"and convolution layers) and {results['sparsity']['all_parameters']:.2%} of all parameters are zero. Trained "
+        f'with hf_bimp: magnitude pruning after "How I Learned to Stop Worrying and Love Retraining" (Zimmer, Spiegel '
+        f"and Pokutta, ICLR 2023), with {how}."
     )
 
 

@@ -45,7 +45,8 @@ def plan_table(method: IterativeMagnitudePruning, unit: float, dense_names: tupl
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     weights = f"{method.masks.num_weights:,} prunable weights in {len(method.masks.weights)} tensors"
-    lines = [f"Plan: {weights}, retraining by {method.schedule}", *lines]
+    retraining = f", retraining by {method.schedule}" if plan.num_cycles else ""
+    lines = [f"Plan: {weights}{retraining}", *lines]
     if dense_names:
         shown = ", ".join(dense_names[:8]) + (f" and {len(dense_names) - 8} more" if len(dense_names) > 8 else "")
         lines.append(f"Weight matrices that stay dense (embeddings aside): {shown}")

@@ -4,10 +4,12 @@ import contextlib
 import os
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from . import checkpoint as ckpt
@@ -74,6 +76,11 @@ class BIMPTrainer(Trainer):
                     f"{self.args.output_dir} holds no complete checkpoint to resume from. Call train() without "
                     "resume_from_checkpoint to start afresh."
                 )
+        elif resume_from_checkpoint and not ckpt.is_complete(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no complete checkpoint: its {TRAINER_STATE_NAME}, written last, is "
+                "missing or cut off. Give another one, or resume_from_checkpoint=True for the newest complete one."
+            )
         self._resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
         self._ignore_keys = ignore_keys_for_eval
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -93,6 +100,11 @@ class BIMPTrainer(Trainer):
         args.validate()
         if args.keep_zeros:
             self._masks.keep_zeros()
+            if self._masks.num_pruned == 0:
+                raise ValueError(
+                    "keep_zeros=True, but no prunable weight of this model is zero. Load the sparse checkpoint, or "
+                    "leave keep_zeros out to prune a dense model."
+                )
         # Resumed weights hold the zeros of later prunings too.
         initial = self._resumed["settings"]["plan"]["initial_sparsity"] if self._resumed else self._masks.sparsity
         num_cycles = 1 if args.num_cycles is None else args.num_cycles
