@@ -17,11 +17,14 @@ MASKS_NAME = "bimp_masks.safetensors"
 logger = logging.get_logger(__name__)
 
 
-def write_state(directory: str, settings: dict, progress: dict, history: DenseHistory | None) -> None:
+def write_state(
+    directory: str, settings: dict, progress: dict, history: DenseHistory | None, num_processes: int
+) -> None:
     """Writes `settings` (what a resumed run must share), `progress`, and the dense history if there is one yet."""
     state = {
         "settings": settings,
         "progress": progress,
+        "num_processes": num_processes,
         "dense_history": None if history is None else asdict(history),
     }
     (Path(directory) / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -65,12 +68,14 @@ def find_dense_history(name_or_path: str) -> DenseHistory | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether saving got to its end: the trainer's state is written last, and must be whole."""
+    """Whether saving got to its end: the trainer's state, written last, is whole, and every process left its own."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        processes = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["num_processes"]
     except (OSError, ValueError):
         return False
-    return True
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return all((checkpoint / name).is_file() for name in names)
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

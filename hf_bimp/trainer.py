@@ -314,7 +314,8 @@ class BIMPTrainer(Trainer):
         if self.args.should_save and self.method is not None:
             has_history = self.state.global_step >= self.plan.dense_steps
             history = self._history if has_history else None
-            ckpt.write_state(output_dir, self.run_settings(), self.method.state_dict(), history)
+            progress, processes = self.method.state_dict(), self.args.world_size
+            ckpt.write_state(output_dir, self.run_settings(), progress, history, processes)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
