@@ -27,7 +27,15 @@ def write_state(
         "num_processes": num_processes,
         "dense_history": None if history is None else asdict(history),
     }
-    (Path(directory) / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(directory) / STATE_NAME, state)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON whole or not at all: a full disk or a kill leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def read_state(checkpoint: str) -> dict:

@@ -1,11 +1,11 @@
 """What a run did, read off its log: plan table, `bimp_results.json` and one picture."""
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 
 from transformers.utils import logging
 
+from .checkpoint import write_json
 from .methods import IterativeMagnitudePruning
 from .schedules import ADAPTIVE
 
@@ -125,8 +125,7 @@ def main_metric(chosen: str | None, metrics: dict[str, float]) -> str | None:
 
 
 def write_results(directory: str, results: dict) -> None:
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    (Path(directory) / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(directory) / RESULTS_NAME, results)
 
 
 def write_plot(directory: str, results: dict, log: list[dict], method: IterativeMagnitudePruning, unit: float) -> None:

@@ -1,12 +1,10 @@
 """`BIMPTrainer`: a `Trainer` whose `train()` is one whole run of dense training, prunings and retrainings."""
 
-import contextlib
 import os
-import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -16,6 +14,7 @@ from . import checkpoint as ckpt
 from .callback import PruningCallback
 from .checks import check_devices, check_model, check_optimizer, check_scheduler
 from .dense import DenseHistory
+from .evaluation import metrics_before_pruning, pruning_metrics, train_accuracy
 from .masks import Masks
 from .methods import IterativeMagnitudePruning, Pruning
 from .model_card import write_model_card
@@ -37,7 +36,7 @@ class BIMPTrainer(Trainer):
     method: IterativeMagnitudePruning | None = None
     _resumed: dict | None = None  # the state of the checkpoint that this run continues
     _history: DenseHistory | None = None  # of the dense phase, planned or long past
-    _ignore_keys: list[str] | None = None
+    ignore_keys_for_eval: list[str] | None = None  # as given to train()
     results: dict | None = None  # of the finished run, as in bimp_results.json
 
     def __init__(self, *args, **kwargs):
@@ -82,14 +81,12 @@ class BIMPTrainer(Trainer):
                 "missing or cut off. Give another one, or resume_from_checkpoint=True for the newest complete one."
             )
         self._resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._ignore_keys = ignore_keys_for_eval
+        self.ignore_keys_for_eval = ignore_keys_for_eval
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._finish(trial)
         return output
 
     def create_optimizer(self, model=None):
-        found = find_prunable(self.model, self.args.prune_modules, self.args.skip_modules)
-        self._masks, self._dense_names = Masks(found.weights), found.dense_names
         optimizer = super().create_optimizer(model)
         check_optimizer(getattr(optimizer, "optimizer", optimizer))  # a second train() finds it wrapped by Accelerate
         return optimizer
@@ -98,15 +95,17 @@ class BIMPTrainer(Trainer):
         """Makes the plan, the method and the scheduler that follows them."""
         args = self.args
         args.validate()
+        found = find_prunable(self.model, args.prune_modules, args.skip_modules)
+        masks, self._dense_names = Masks(found.weights), found.dense_names
         if args.keep_zeros:
-            self._masks.keep_zeros()
-            if self._masks.num_pruned == 0:
+            masks.keep_zeros()
+            if masks.num_pruned == 0:
                 raise ValueError(
                     "keep_zeros=True, but no prunable weight of this model is zero. Load the sparse checkpoint, or "
                     "leave keep_zeros out to prune a dense model."
                 )
         # Resumed weights hold the zeros of later prunings too.
-        initial = self._resumed["settings"]["plan"]["initial_sparsity"] if self._resumed else self._masks.sparsity
+        initial = self._resumed["settings"]["plan"]["initial_sparsity"] if self._resumed else masks.sparsity
         num_cycles = 1 if args.num_cycles is None else args.num_cycles
         if args.method == "dense":
             num_cycles = 0
@@ -119,13 +118,13 @@ class BIMPTrainer(Trainer):
         dense = self._history and self._history.rates(unit=base)
         self.method = IterativeMagnitudePruning(
             plan,
-            self._masks,
+            masks,
             eta_1=dense.peak if dense else args.learning_rate / base,
             dense=dense,
             retrain_schedule=args.retrain_schedule,
             tuned_rate=args.retrain_learning_rate and args.retrain_learning_rate / base,
             warmup_ratio=args.retrain_warmup_ratio,
-            train_accuracy=self.train_accuracy,
+            train_accuracy=partial(train_accuracy, self),
         )
         self.lr_scheduler = PlannedScheduler(optimizer, self.method.rate)
         self._created_lr_scheduler = True
@@ -187,19 +186,19 @@ class BIMPTrainer(Trainer):
         self.lr_scheduler.set_step(step)
 
     def _prune(self) -> None:
-        before = self._measure("before_prune")
+        before = metrics_before_pruning(self)
         pruning = self.method.prune(self.optimizer)
         self._check_ranks_agree(pruning)
         record = {
             f"prune_{key}": value for key, value in asdict(pruning).items() if key != "step" and value is not None
         }
         record["prune_retrain_peak"] = pruning.retrain_peak * self.base_learning_rate
-        self.log(record | before | self._measure("after_prune"))
+        self.log(record | before | pruning_metrics(self, "after_prune"))
 
     def _check_ranks_agree(self, pruning: Pruning) -> None:
         if self.accelerator.num_processes == 1:
             return
-        mine = torch.tensor([self._masks.checksum(), pruning.d1], dtype=torch.float64, device=self.args.device)
+        mine = torch.tensor([self.method.masks.checksum(), pruning.d1], dtype=torch.float64, device=self.args.device)
         everyone = self.accelerator.gather(mine).view(-1, len(mine))
         if not torch.equal(everyone, mine.expand_as(everyone)):
             raise RuntimeError(
@@ -236,56 +235,6 @@ class BIMPTrainer(Trainer):
             loss = loss * share
         return (loss, outputs) if return_outputs else loss
 
-    # ---- Measuring ----
-
-    def _measure(self, prefix: str) -> dict[str, float]:
-        """Metrics of the model as it is, on the evaluation data, under `prefix`; leaves the random state alone."""
-        if self.eval_dataset is None or not self.args.evaluate_prunings:
-            return {}
-        last = final_metrics(self.state.log_history, self.state.global_step)
-        if prefix == "before_prune" and last:
-            return {f"{prefix}_{name}": value for name, value in last.items()}
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        loss_only = self.args.prediction_loss_only
-        self.args.prediction_loss_only = loss_only or self.compute_metrics is None
-        metrics = {}
-        try:
-            with preserved_random_state():
-                for name, dataset in sets.items():
-                    full_prefix = f"{prefix}_{name}" if name else prefix
-                    metrics |= self.predict(dataset, self._ignore_keys, metric_key_prefix=full_prefix).metrics
-        finally:
-            self.args.prediction_loss_only = loss_only
-        noise = ("_runtime", "_per_second", "_time")
-        return {name: value for name, value in metrics.items() if not name.endswith(noise)}
-
-    @torch.no_grad()
-    def train_accuracy(self) -> float:
-        """Share of the training labels (tokens, for sequences) that the model gets right, in evaluation mode."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
-        self.model.eval()
-        with preserved_random_state():
-            for inputs in self.get_eval_dataloader(self.train_dataset):
-                inputs = self._prepare_inputs(inputs)
-                labels = inputs["labels"]
-                with self.compute_loss_context_manager():
-                    outputs = self.model(**inputs)
-                logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-                predictions = logits.argmax(-1)
-                if self._loss_shifts_labels:
-                    predictions, labels = predictions[..., :-1], labels[..., 1:]
-                counted = labels.ne(-100)
-                right = (
-                    (predictions.eq(labels) & counted).flatten(1).sum(-1)
-                    if labels.ndim > 1
-                    else predictions.eq(labels)
-                )
-                total = counted.flatten(1).sum(-1) if labels.ndim > 1 else counted
-                # One row an item, so that the copies that fill up the last batch of some processes are dropped.
-                counts += self.accelerator.gather_for_metrics(torch.stack([right.long(), total.long()], 1)).sum(0)
-        self.model.train()
-        return (counts[0] / counts[1]).item()
-
     def _determine_best_metric(self, metrics, trial):
         # Before the last pruning nothing is best. EarlyStoppingCallback waits too: its patience starts with a best.
         return self.method.is_complete and super()._determine_best_metric(metrics, trial)
@@ -302,6 +251,7 @@ class BIMPTrainer(Trainer):
             "retrain_learning_rate": args.retrain_learning_rate,
             "retrain_warmup_ratio": self.method.warmup_ratio,
             "dense_schedule": history and asdict(history),
+            "keep_zeros": args.keep_zeros,
             "prune_modules": args.prune_modules,
             "skip_modules": args.skip_modules,
         }
@@ -320,23 +270,23 @@ class BIMPTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self._masks.save(os.path.join(output_dir, ckpt.MASKS_NAME))
+            self.method.masks.save(os.path.join(output_dir, ckpt.MASKS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         ckpt.check_same_settings(checkpoint, self._resumed["settings"], self.run_settings())
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
+        self.method.masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
         self.method.load_state_dict(self._resumed["progress"])
 
     def _finish(self, trial) -> None:
         """Saves the final model, measures it where that was not done, and writes results and picture."""
-        if self.method.is_complete is False:
+        if not self.method.is_complete:
             logger.warning(
                 f"Training stopped after {self.method.cycle} of {self.plan.num_cycles} prunings: the model is "
-                f"{self._masks.sparsity:.2%} sparse."
+                f"{self.method.masks.sparsity:.2%} sparse."
             )
         if self.eval_dataset is not None and not self._final_metrics():
-            self.evaluate(ignore_keys=self._ignore_keys)
+            self.evaluate(ignore_keys=self.ignore_keys_for_eval)
         directory = self._get_output_dir(trial)
         if self.args.save_strategy != "no" and trial is None:
             self.save_model(_internal_call=True)
@@ -357,13 +307,3 @@ class BIMPTrainer(Trainer):
 
 class BIMPSeq2SeqTrainer(BIMPTrainer, Seq2SeqTrainer):
     """`BIMPTrainer` that evaluates by generating, as `Seq2SeqTrainer` does."""
-
-
-@contextlib.contextmanager
-def preserved_random_state():
-    """Whatever is drawn inside leaves Python's, NumPy's and torch's random numbers as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

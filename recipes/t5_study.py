@@ -27,7 +27,7 @@ RECIPE = Path(__file__).with_name("t5_wmt16.py")
 def run(directory: Path, config: dict) -> dict:
     """The results of a run; does it first, or what is left of it, unless it is finished."""
     results = directory / RESULTS_NAME
-    if not (results.is_file() and "test" in json.loads(results.read_text())):  # the test score comes last
+    if not (results.is_file() and "bleu_signature" in json.loads(results.read_text())):  # the recipe's last addition
         directory.mkdir(parents=True, exist_ok=True)
         resume = {"resume_from_checkpoint": "true"} if last_complete_checkpoint(str(directory)) else {}
         path = directory / "config.json"
@@ -61,7 +61,8 @@ def row(name: str, runs: list[dict]) -> str:
     pruning = runs[0]["prunings"][-1] if runs[0]["prunings"] else None
     cells = [name, "-" if pruning is None else f"{pruning['retrain_peak']:.2e}"]
     after = [r["prunings"][-1]["after"]["bleu"] for r in runs] if pruning else None
-    columns = (after, [r["final"]["bleu"] for r in runs], [r["test"]["bleu"] for r in runs])
+    test = [r["test"]["bleu"] for r in runs] if "test" in runs[0] else None
+    columns = (after, [r["final"]["bleu"] for r in runs], test)
     cells += ["-" if column is None else mean_and_deviation(column) for column in columns]
     return "| " + " | ".join([*cells, f"{runs[0]['sparsity']['prunable']:.2%}"]) + " |"
 

@@ -1,0 +1,49 @@
+"""The recipes that need no data: the Accelerate loop and both benchmarks, at small sizes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def run(recipe: str, *arguments: str) -> str:
+    """What the recipe prints; it must succeed."""
+    command = [sys.executable, "-W", "error::DeprecationWarning:transformers", str(RECIPES / recipe), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_accelerate_loop_prunes_to_the_target_and_keeps_accuracy(tmp_path):
+    output = run("accelerate_loop.py", "--epochs", "8", "--num_cycles", "2", "--output_dir", str(tmp_path))
+    rows = re.findall(r"(trained|pruned).*accuracy +([\d.]+)%  sparsity +([\d.]+)%", output)
+    events, accuracies, sparsities = zip(*rows, strict=True)
+    assert events == ("trained", "pruned", "trained", "pruned", "trained")
+    assert [float(value) for value in sparsities] == pytest.approx([0, 77.64, 77.64, 95, 95], abs=0.01)
+    assert float(accuracies[-1]) > float(accuracies[0]) - 5 > 80
+    weights = load_file(tmp_path / "model.safetensors")
+    zeros = [(weights[f"{layer}.weight"] == 0).sum().item() for layer in (0, 2, 4)]
+    assert sum(zeros) == round(0.95 * (64 * 256 + 256 * 256 + 256 * 10))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_global_selection_prunes_the_same_weights_as_torch(dtype):
+    output = run("benchmarks/global_selection.py", "--weights", "50000", "--dtype", dtype, "--repeats", "1")
+    count = int(re.search(rf"^([\d,]+) {dtype} weights", output, re.MULTILINE)[1].replace(",", ""))
+    assert f"same weights pruned: yes, all {round(0.9 * count):,}" in output
+    assert len(re.findall(r"\d s +\d+\.\d+ GB", output)) == 2
+    assert len(re.findall("target met|target MISSED", output)) == 3
+
+
+def test_step_overhead_measures_a_90_percent_sparse_model():
+    sizes = ["--d_model", "64", "--num_layers", "1", "--vocab_size", "100", "--tokens", "8", "--batch_size", "2"]
+    output = run("benchmarks/step_overhead.py", "--steps", "1", "--repeats", "2", *sizes)
+    assert "90.00% pruned; 2 x 8 tokens" in output
+    ratios = re.findall(r"ratio: ([\d.]+) \(from ([\d.]+) to ([\d.]+) in 2 pairs\)", output)
+    assert len(ratios) == 2 and all(float(low) <= float(mid) <= float(high) for mid, low, high in ratios)
+    assert all(part in output for part in ("masking gradients", "masking weights", "one pruning"))
