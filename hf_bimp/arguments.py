@@ -1,7 +1,9 @@
 """Every knob of a BIMP run, as `TrainingArguments` with more fields."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -107,6 +109,9 @@ class BIMPArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            # Without it Transformers would train one model in each of torchrun's CPU processes, unaware of the others.
+            self.use_cpu = True
         super().__post_init__()
         self.validate()
 

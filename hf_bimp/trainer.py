@@ -290,8 +290,8 @@ class BIMPTrainer(Trainer):
         directory = self._get_output_dir(trial)
         if self.args.save_strategy != "no" and trial is None:
             self.save_model(_internal_call=True)
+        self.results = collect_results(self, self._final_metrics())
         if self.is_world_process_zero():
-            self.results = collect_results(self, self._final_metrics())
             write_results(directory, self.results)
             write_plot(directory, self.results, self.state.log_history, self.method, self.base_learning_rate)
 

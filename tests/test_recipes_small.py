@@ -1,5 +1,6 @@
 """The recipes that need no data: the Accelerate loop and both benchmarks, at small sizes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def run(recipe: str, *arguments: str) -> str:
     """What the recipe prints; it must succeed."""
     command = [sys.executable, "-W", "error::DeprecationWarning:transformers", str(RECIPES / recipe), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
