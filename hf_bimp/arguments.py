@@ -9,6 +9,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .methods.imp import check_schedule
+from .plan import check_amount
 from .schedules import RETRAIN_SCHEDULES
 
 METHODS = ("bimp", "dense")
@@ -130,7 +131,10 @@ class BIMPArguments(TrainingArguments):
                 raise ValueError("method='dense' prunes nothing: leave target_sparsity and keep_zeros out.")
             return
         if self.num_cycles is not None and self.prune_fraction is not None:
-            raise ValueError("num_cycles and prune_fraction each decide the number of cycles: give one of them.")
+            raise ValueError(
+                f"num_cycles={self.num_cycles} and prune_fraction={self.prune_fraction} each decide the number of "
+                "cycles: give one of them."
+            )
         if self.num_cycles == 0:
             if not self.keep_zeros or self.target_sparsity is not None:
                 raise ValueError(
@@ -138,22 +142,10 @@ class BIMPArguments(TrainingArguments):
                     "fine-tune a sparse model. To prune, num_cycles must be at least 1."
                 )
             return
-        if self.num_cycles is not None and self.num_cycles < 0:
-            raise ValueError(f"num_cycles={self.num_cycles} must be at least 1 (or 0 with keep_zeros=True).")
-        if self.target_sparsity is None or not 0 < self.target_sparsity < 1:
-            raise ValueError(
-                f"target_sparsity={self.target_sparsity} must lie strictly between 0 and 1: it is the share of the "
-                "prunable weights that are zero in the end, so 0.9 keeps every tenth."
-            )
-        if self.prune_fraction is not None and not 0 < self.prune_fraction < 1:
-            raise ValueError(f"prune_fraction={self.prune_fraction} must lie strictly between 0 and 1.")
-        if not 0 <= self.dense_ratio < 1:
-            raise ValueError(
-                f"dense_ratio={self.dense_ratio} must lie in [0, 1): it is the dense share of the budget."
-            )
+        check_amount(self.target_sparsity, self.num_cycles, self.dense_ratio, self.prune_fraction)
 
     def _validate_dense_phase(self) -> None:
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
         if self.lr_scheduler_type in METRIC_DRIVEN_SCHEDULERS:
             raise ValueError(
@@ -164,22 +156,26 @@ class BIMPArguments(TrainingArguments):
             if not self.lr_milestones or not all(0 < milestone < 1 for milestone in self.lr_milestones):
                 raise ValueError(f"lr_milestones={self.lr_milestones} must be fractions of the dense phase in (0, 1).")
             if self.lr_scheduler_type != SchedulerType.LINEAR:
-                raise ValueError("lr_milestones is a schedule of its own: leave lr_scheduler_type out.")
-        if self.lr_gamma <= 0:
+                raise ValueError(
+                    "lr_milestones is a schedule of its own: leave lr_scheduler_type out "
+                    f"(given: {self.lr_scheduler_type.value})."
+                )
+        if not self.lr_gamma > 0:
             raise ValueError(f"lr_gamma={self.lr_gamma} must be positive.")
         if self.dense_steps is not None and (
             self.dense_ratio > 0 or self.dense_steps < 1 or self.method == "dense" or self.num_cycles == 0
         ):
             raise ValueError(
-                f"dense_steps={self.dense_steps} is the length of an earlier dense training, at least 1, and goes "
-                f"with dense_ratio=0 (given: {self.dense_ratio})."
+                f"dense_steps={self.dense_steps} is the length of an earlier dense training, at least 1: it goes with "
+                f"pruning and dense_ratio=0 (given: method={self.method!r}, num_cycles={self.num_cycles}, "
+                f"dense_ratio={self.dense_ratio})."
             )
 
     def _validate_setup(self) -> None:
         if self.optim not in TESTED_OPTIMIZERS:
             raise ValueError(
-                f"optim={str(self.optim)!r} is not tested to keep pruned weights at zero. Tested are: "
-                f"{', '.join(optimizer.value for optimizer in TESTED_OPTIMIZERS)}."
+                f"optim={OptimizerNames(self.optim).value!r} is not tested to keep pruned weights at zero. "
+                f"Tested are: {', '.join(optimizer.value for optimizer in TESTED_OPTIMIZERS)}."
             )
         if self.deepspeed is not None or self.fsdp:
             raise ValueError(

@@ -80,7 +80,7 @@ def is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         processes = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["num_processes"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return False
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     return all((checkpoint / name).is_file() for name in names)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ class Masks:
         """Prunes to exactly `round(sparsity * num_weights)` weights, the smallest magnitudes of all layers."""
         pruned = self.pruned or self._empty()
         k = round(sparsity * self.num_weights)
+        if k < self.num_pruned:
+            raise ValueError(f"{self.num_pruned} weights are pruned already, and {k} would be fewer: masks only grow.")
         selection = prune_smallest(list(self.weights.values()), list(pruned.values()), k)
         self.pruned = pruned
         self.mask_weights()
@@ -45,7 +48,7 @@ class Masks:
 
     def keep_zeros(self) -> None:
         """Prunes what is zero already."""
-        self.pruned = {name: weight.detach() == 0 for name, weight in self.weights.items()}
+        self.pruned = {name: (weight.detach() == 0).contiguous() for name, weight in self.weights.items()}
 
     def _empty(self) -> dict[str, Tensor]:
         return {n: torch.zeros(w.shape, dtype=torch.bool, device=w.device) for n, w in self.weights.items()}
@@ -79,13 +82,18 @@ class Masks:
 
     def save(self, path: Path) -> None:
         """Writes one bit per weight: the flattened masks, packed eight to a byte, as safetensors."""
-        save_file({name: np.packbits(mask.cpu().numpy()) for name, mask in self.pruned.items()}, path)
+        packed = {name: np.packbits(mask.cpu().numpy()) for name, mask in self.pruned.items()}
+        shapes = {name: str(list(mask.shape)) for name, mask in self.pruned.items()}
+        save_file(packed, path, metadata=shapes or None)  # no header at all where nothing is pruned yet
 
     def load(self, path: Path) -> None:
         """Reads masks that `save` wrote. Raises `ValueError` where they belong to other weights."""
         packed = load_file(path)
-        if packed and packed.keys() != self.weights.keys():
-            names = sorted(packed.keys() ^ self.weights.keys())
+        with safe_open(path, "np") as file:
+            shapes = file.metadata() or {}
+        here = {name: str(list(weight.shape)) for name, weight in self.weights.items()}
+        if packed and shapes != here:
+            names = sorted(name for name in shapes | here if shapes.get(name) != here.get(name))
             raise ValueError(f"{path} holds masks for other weights than this run prunes; they differ in: {names[:5]}")
         self.pruned = {name: _unpack(packed[name], weight) for name, weight in self.weights.items() if packed}
 

@@ -1,7 +1,6 @@
 """When to prune and how far: the whole run as plain numbers (no torch)."""
 
 from dataclasses import asdict, dataclass
-from itertools import count
 
 # A goal that is missed by rounding error alone counts as reached (Renda et al.'s fixed fraction).
 GOAL_TOLERANCE = 1e-9
@@ -69,6 +68,23 @@ class Plan:
         return plan | {"prune_steps": list(self.prune_steps), "sparsities": list(self.sparsities)}
 
 
+def check_amount(
+    target_sparsity: float | None, num_cycles: int | None, dense_ratio: float, prune_fraction: float | None
+) -> None:
+    """Raises `ValueError` for an amount of pruning that no plan can have."""
+    if target_sparsity is None or not 0 < target_sparsity < 1:
+        raise ValueError(
+            f"target_sparsity={target_sparsity} must lie strictly between 0 and 1: it is the share of the prunable "
+            "weights that are zero in the end, so 0.9 keeps every tenth."
+        )
+    if prune_fraction is not None and not 0 < prune_fraction < 1:
+        raise ValueError(f"prune_fraction={prune_fraction} must lie strictly between 0 and 1.")
+    if num_cycles is not None and num_cycles < 1:
+        raise ValueError(f"num_cycles={num_cycles} must be at least 1 to prune.")
+    if not 0 <= dense_ratio < 1:
+        raise ValueError(f"dense_ratio={dense_ratio} must lie in [0, 1): it is the dense share of the budget.")
+
+
 def cycle_sparsities(
     target_sparsity: float, num_cycles: int | None, prune_fraction: float | None, initial_sparsity: float = 0.0
 ) -> tuple[float, ...]:
@@ -83,6 +99,7 @@ def cycle_sparsities(
         while density * keep**num_cycles > goal + GOAL_TOLERANCE:
             num_cycles += 1
     else:
+        num_cycles = 1 if num_cycles is None else num_cycles
         keep = (goal / density) ** (1 / num_cycles)
     return (*(1 - density * keep**j for j in range(1, num_cycles)), target_sparsity)
 
@@ -90,18 +107,20 @@ def cycle_sparsities(
 def make_plan(
     total_steps: int,
     target_sparsity: float | None = None,
-    num_cycles: int | None = 1,
+    num_cycles: int | None = None,
     dense_ratio: float = 0.5,
     prune_fraction: float | None = None,
     initial_sparsity: float = 0.0,
 ) -> Plan:
     """Splits a budget of `total_steps` (T) into T0 = round(dense_ratio * T) dense steps and J equal cycles.
 
-    The last cycle takes what does not divide. `num_cycles=0` plans no pruning at all. Raises `ValueError` where a
+    J is 1 unless `num_cycles` or `prune_fraction` says otherwise; the last cycle takes what does not divide.
+    `num_cycles=0` plans no pruning at all. Raises `ValueError` where a
     phase would have no step or the model is sparser than the target already.
     """
     if num_cycles == 0:
         return Plan(total_steps, initial_sparsity=initial_sparsity)
+    check_amount(target_sparsity, num_cycles, dense_ratio, prune_fraction)
     if target_sparsity <= initial_sparsity:
         raise ValueError(
             f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go "
@@ -110,8 +129,9 @@ def make_plan(
     sparsities = cycle_sparsities(target_sparsity, num_cycles, prune_fraction, initial_sparsity)
     cycles = len(sparsities)
     dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
-    if not _has_steps(total_steps, dense_ratio, cycles):
-        enough = next(steps for steps in count(total_steps) if _has_steps(steps, dense_ratio, cycles))
+    if not _every_phase_has_steps(total_steps, dense_ratio, cycles):
+        longer = range(total_steps, total_steps + 1_000_000)  # bounded: a tiny dense_ratio could need a huge budget
+        enough = next((steps for steps in longer if _every_phase_has_steps(steps, dense_ratio, cycles)), longer.stop)
         raise ValueError(
             f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles leave {dense_steps} "
             f"steps to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs at least 1. "
@@ -128,6 +148,6 @@ def _split(total_steps: int, dense_ratio: float, cycles: int) -> tuple[int, int]
     return dense_steps, (total_steps - dense_steps) // cycles
 
 
-def _has_steps(total_steps: int, dense_ratio: float, cycles: int) -> bool:
+def _every_phase_has_steps(total_steps: int, dense_ratio: float, cycles: int) -> bool:
     dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
     return cycle_steps >= 1 and (dense_steps >= 1 or dense_ratio == 0)

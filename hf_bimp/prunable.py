@@ -57,9 +57,14 @@ def find_prunable(
 
 
 def _matching(layers: dict[str, nn.Module], patterns: Sequence[str] | None, argument: str) -> set[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument}={patterns!r} must be a list of regular expressions: [{patterns!r}].")
     found = set()
     for pattern in patterns or ():
-        names = {name for name in layers if re.search(pattern, name)}
+        try:
+            names = {name for name in layers if re.search(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{argument}: {pattern!r} is no regular expression ({error}).") from error
         if not names:
             examples = ", ".join(list(layers)[:5]) or "none"
             raise ValueError(

@@ -83,7 +83,8 @@ def retrain_rate(
     """Learning rate of step `index` (0..steps-1) of a prune-retrain cycle."""
     if schedule == "lrw":
         return dense.rates[dense.steps - steps + index]
-    warmup = 0 if schedule == "ft" else round(warmup_ratio * steps)
+    # At least one step is left for the peak and what follows it.
+    warmup = 0 if schedule == "ft" else min(round(warmup_ratio * steps), steps - 1)
     if index < warmup:
         return peak * (index + 1) / (warmup + 1)
     done, length = index - warmup, steps - warmup

@@ -71,9 +71,7 @@ def prune_smallest(weights: list[Tensor], pruned: list[Tensor], k: int) -> Selec
     Equal magnitudes go in the order: pruned before, then the order of `weights`, then the flat index. Weights pruned
     before must be zero, so they are always among the smallest.
     """
-    if k == 0:
-        return Selection(0.0, 0.0, math.sqrt(sum(_square_sum(c) for w in weights for c in flat_chunks(w))))
-    key, below = kth_smallest_key(weights, k)
+    key, below = kth_smallest_key(weights, k) if k else (0, 0)
     ties = k - below  # how many of the weights at the threshold itself go
     if key == 0:
         ties -= sum(int(mask.sum()) for mask in pruned)

@@ -106,9 +106,7 @@ class BIMPTrainer(Trainer):
                 )
         # Resumed weights hold the zeros of later prunings too.
         initial = self._resumed["settings"]["plan"]["initial_sparsity"] if self._resumed else masks.sparsity
-        num_cycles = 1 if args.num_cycles is None else args.num_cycles
-        if args.method == "dense":
-            num_cycles = 0
+        num_cycles = 0 if args.method == "dense" else args.num_cycles
         plan = make_plan(
             num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
         )

@@ -62,7 +62,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_milestones": [30, 60]}, ["lr_milestones=[30, 60]", "fractions"]),
     ({"lr_milestones": [0.5], "lr_scheduler_type": "cosine"}, ["lr_milestones", "leave lr_scheduler_type out"]),
     ({"lr_gamma": 0.0}, ["lr_gamma=0.0", "positive"]),
-    ({"dense_steps": 100}, ["dense_steps=100", "dense_ratio=0 (given: 0.5)"]),
+    ({"dense_steps": 100}, ["dense_steps=100", "dense_ratio=0.5"]),
     ({"dense_steps": 0, "dense_ratio": 0.0}, ["dense_steps=0", "at least 1"]),
     ({"dense_steps": 9, "dense_ratio": 0.0, "method": "dense", "target_sparsity": None}, ["dense_steps=9"]),
     ({"dense_steps": 9, "dense_ratio": 0.0, "target_sparsity": None, **HELD}, ["dense_steps=9"]),

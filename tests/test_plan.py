@@ -74,7 +74,8 @@ def test_every_pruning_removes_the_same_fraction(target: float, cycles: int, ini
         (1 - 0.8**7 + 1e-6, 0.2, 8),
         (0.9, 0.2, 11),
         (0.98, 0.2, 18),
-        (0.1, 0.2, 1),
+        (0.488, 0.2, 3),
+        (0.271, 0.1, 3),
         (0.9, 0.5, 4),
     ],
 )

@@ -83,6 +83,11 @@ class IterativeMagnitudePruning:
                 "learning_rate, lr_scheduler_type and warmup_steps as they were, or use allr, which then goes by the "
                 "pruning's impact alone."
             )
+        if self.plan.num_cycles and self.eta_1 == 0:
+            raise ValueError(
+                "The dense schedule never leaves a learning rate of 0, so there is none to retrain with. Use fewer "
+                "warmup_steps, or a longer dense phase."
+            )
         longest = max((phase.steps for phase in self.plan.phases if phase.cycle), default=0)
         if self.schedule == "lrw" and longest > self.dense.steps:
             raise ValueError(
@@ -158,6 +163,8 @@ def check_schedule(schedule: str, tuned_rate: float | None, warmup_ratio: float 
             f"retrain_learning_rate={tuned_rate} with retrain_schedule={schedule!r}: it is the peak of "
             f"{', '.join(TUNED)}, which need it, and of no other schedule."
         )
+    if tuned_rate is not None and not tuned_rate > 0:
+        raise ValueError(f"retrain_learning_rate={tuned_rate} must be positive.")
     if warmup_ratio is not None and not 0 <= warmup_ratio < 1:
         raise ValueError(f"retrain_warmup_ratio={warmup_ratio} must lie in [0, 1): it is a share of a cycle.")
     if warmup_ratio and schedule in WITHOUT_WARMUP:
