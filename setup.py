@@ -27,7 +27,7 @@ setup(
         "plots": ["matplotlib"],
         "vision": ["torchvision", "timm"],
         "recipes": ["babel", "matplotlib", "tokenizers"],
-        "dev": ["babel", "hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff", "tokenizers"],
+        "dev": ["babel", "hypothesis", "matplotlib", "peft", "pytest", "pytest-xdist", "ruff", "tokenizers"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -1,4 +1,4 @@
-"""Trainer events, handed on to the trainer's own hooks; holds no state."""
+"""Trainer events, handed on to the trainer's own hooks; the callbacks hold no state."""
 
 from transformers import TrainerCallback
 
@@ -9,11 +9,21 @@ class PruningCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.announce_run()
-
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.begin_step(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.method.end_step()
+
+
+class ReportingCallback(TrainerCallback):
+    """Announces a run and sums it up; first of all callbacks, while the trackers are open still."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.announce_run()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.finish_run()

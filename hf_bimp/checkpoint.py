@@ -64,13 +64,17 @@ def find_dense_history(name_or_path: str) -> DenseHistory | None:
     """The dense history beside the weights in a local folder or a Hub repository, if hf_bimp left one there."""
     if not name_or_path:
         return None
-    path = cached_file(
-        name_or_path,
-        STATE_NAME,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        path = cached_file(
+            name_or_path,
+            STATE_NAME,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:  # a folder that has moved since, or a repository that is gone
+        logger.warning(f"No dense history can be read from {name_or_path}: {error}")
+        return None
     history = path and json.loads(Path(path).read_text(encoding="utf-8"))["dense_history"]
     return DenseHistory(**history) if history else None
 

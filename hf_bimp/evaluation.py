@@ -60,7 +60,7 @@ def train_accuracy(trainer) -> float:
     counts = torch.zeros(2, dtype=torch.int64, device=trainer.args.device)
     trainer.model.eval()
     with preserved_random_state():
-        for inputs in trainer.get_eval_dataloader(trainer.train_dataset):
+        for inputs in trainer.get_test_dataloader(trainer.train_dataset):
             inputs = trainer._prepare_inputs(inputs)
             with trainer.compute_loss_context_manager():
                 outputs = trainer.model(**inputs)
@@ -74,4 +74,5 @@ def train_accuracy(trainer) -> float:
             per_item = torch.stack([row.sum(1) for row in rows], 1)
             counts += trainer.accelerator.gather_for_metrics(per_item).sum(0)
     trainer.model.train()
-    return (counts[0] / counts[1]).item()
+    right, total = counts.tolist()
+    return right / total

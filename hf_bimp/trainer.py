@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from . import checkpoint as ckpt
-from .callback import PruningCallback
+from .callback import PruningCallback, ReportingCallback
 from .checks import check_devices, check_model, check_optimizer, check_scheduler
 from .dense import DenseHistory
 from .evaluation import metrics_before_pruning, pruning_metrics, train_accuracy
@@ -36,6 +36,7 @@ class BIMPTrainer(Trainer):
     method: IterativeMagnitudePruning | None = None
     _resumed: dict | None = None  # the state of the checkpoint that this run continues
     _history: DenseHistory | None = None  # of the dense phase, planned or long past
+    _trial = None  # of a hyperparameter search
     ignore_keys_for_eval: list[str] | None = None  # as given to train()
     results: dict | None = None  # of the finished run, as in bimp_results.json
 
@@ -53,6 +54,7 @@ class BIMPTrainer(Trainer):
             # Has Trainer count the items of a whole batch; compute_loss then normalises by them for any model.
             self.model_accepts_loss_kwargs = True
         self.add_callback(PruningCallback(self))
+        self.callback_handler.callbacks.insert(0, ReportingCallback(self))
 
     @property
     def plan(self) -> Plan | None:
@@ -81,10 +83,8 @@ class BIMPTrainer(Trainer):
                 "missing or cut off. Give another one, or resume_from_checkpoint=True for the newest complete one."
             )
         self._resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
-        self.ignore_keys_for_eval = ignore_keys_for_eval
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self._finish(trial)
-        return output
+        self.ignore_keys_for_eval, self._trial = ignore_keys_for_eval, trial
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -111,6 +111,7 @@ class BIMPTrainer(Trainer):
             num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
         )
         optimizer = self.optimizer if optimizer is None else optimizer
+        masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
         base = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         self._history = self._dense_history(plan, base)
         dense = self._history and self._history.rates(unit=base)
@@ -276,7 +277,7 @@ class BIMPTrainer(Trainer):
         self.method.masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
         self.method.load_state_dict(self._resumed["progress"])
 
-    def _finish(self, trial) -> None:
+    def finish_run(self) -> None:
         """Saves the final model, measures it where that was not done, and writes results and picture."""
         if not self.method.is_complete:
             logger.warning(
@@ -285,8 +286,8 @@ class BIMPTrainer(Trainer):
             )
         if self.eval_dataset is not None and not self._final_metrics():
             self.evaluate(ignore_keys=self.ignore_keys_for_eval)
-        directory = self._get_output_dir(trial)
-        if self.args.save_strategy != "no" and trial is None:
+        directory = self._get_output_dir(self._trial)
+        if self.args.save_strategy != "no" and self._trial is None:
             self.save_model(_internal_call=True)
         self.results = collect_results(self, self._final_metrics())
         if self.is_world_process_zero():

@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("out/accelerate_loop"), help="for the weights")
     args = parser.parse_args()
 
-    accelerator = Accelerator(gradient_accumulation_steps=2)
+    # Without `cpu`, torchrun's processes on a machine with no accelerator would each train a model of their own.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=2)
     set_seed(0)
     train_loader, test_loader = DataLoader(digits(8000), 32, shuffle=True), DataLoader(digits(2000), 250)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))

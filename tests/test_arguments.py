@@ -225,7 +225,8 @@ def test_devices(devices: tuple[int, bool, bool], said: str) -> None:
 
 
 def test_adapters_are_refused() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = nn.Sequential(nn.Linear(4, 4))
     check_model(model)
     with pytest.raises(ValueError, match="PEFT.*merge_and_unload"):

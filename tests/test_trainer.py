@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -115,7 +114,7 @@ def test_dense_phase_is_plain_trainer_bit_for_bit(tmp_path, name, optim):
     )
     plain.train()
     seen: dict[int, dict] = {}
-    watch = At("on_step_begin", lambda model, step: seen.setdefault(step, snapshot(model)))
+    watch = At("on_step_end", lambda model, step: seen.setdefault(step, snapshot(model)))
     start = make_model(dropout=0.1)
     initial = snapshot(start)
     trainer = make_trainer(
@@ -218,15 +217,23 @@ def test_every_step_uses_the_planned_rate(tmp_path, schedule, cycles, warmup):
 
 @pytest.mark.parametrize("schedule", ["clr", "allr"])
 def test_steps_that_the_loss_scaler_skips_do_not_shift_the_schedule(tmp_path, schedule):
-    skipped = []
-    trainer = make_trainer(tmp_path, max_steps=24, retrain_schedule=schedule, max_grad_norm=0.0, warmup_steps=2)
-    # A loss scale that overflows now and then, as in fp16: it halves when it does and doubles after 3 good steps.
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+    skipped, overflowing = [], [1, 5, 11, 12, 13, 19]  # the last dense step and the first after a pruning too
+    trainer = make_trainer(
+        tmp_path, max_steps=24, retrain_schedule=schedule, max_grad_norm=0.0, warmup_steps=2, optim="adamw_torch"
+    )
+    # As in fp16: the scaler skips the steps whose gradients overflow.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def overflow(model: nn.Module, step: int) -> None:
+        if step in overflowing:
+            model.last.weight.grad[0, 0] = float("inf")
+
+    trainer.add_callback(At("on_pre_optimizer_step", overflow))
     trainer.add_callback(
         At("on_optimizer_step", lambda model, step: skipped.append(trainer.accelerator.optimizer_step_was_skipped))
     )
     rates = recorded_rates(trainer)
-    assert 3 < sum(skipped) < 21 and any(skipped[12:]) and len(skipped) == 24
+    assert [step for step, was_skipped in enumerate(skipped) if was_skipped] == overflowing
     expected = expected_rates(schedule, trainer.plan, 2, 1e-2, None, discounts_of(trainer))
     assert rates == pytest.approx(expected, rel=1e-9, abs=1e-15)
     assert trainer.method.masks.sparsity == pytest.approx(0.8, abs=1e-2) == sparsity(trainer.model)
@@ -476,10 +483,10 @@ def test_keep_zeros_refuses_a_target_that_is_reached_already(tmp_path):
 
 def test_without_keep_zeros_old_zeros_may_grow(tmp_path):
     model = sparse_classifier(0.5)
-    grown = []
-    watch = At("on_step_begin", lambda model, step: grown.append(sparsity(model)))
+    sparsity_before, grown = sparsity(model), []
+    watch = At("on_step_end", lambda model, step: grown.append(sparsity(model)))
     make_trainer(tmp_path, model, callbacks=[watch]).train()
-    assert grown[0] == 0.5 and grown[6] < 0.1
+    assert sparsity_before == 0.5 and grown[5] < 0.1
 
 
 def test_keep_zeros_clears_the_state_of_an_optimizer_passed_by_hand(tmp_path):
@@ -548,7 +555,7 @@ def test_second_train_call_is_a_new_run(tmp_path):
 
 
 def test_model_init(tmp_path):
-    trainer = make_trainer(tmp_path, model_init=classifier)
+    trainer = make_trainer(tmp_path, model_init=lambda: classifier())
     outside = trainer.model
     trainer.train()
     assert trainer.model is not outside
@@ -610,7 +617,7 @@ def test_acc_allr_measures_the_drop_of_the_training_accuracy(tmp_path, name):
         target_sparsity=0.9,
         retrain_schedule="acc_allr",
         learning_rate=3e-2,
-        callbacks=[At("on_step_begin", lambda model, step: dense.append(snapshot(model)) if step == 54 else None)],
+        callbacks=[At("on_step_end", lambda model, step: dense.append(snapshot(model)) if step == 54 else None)],
     )
 
     def after_pruning(model: nn.Module, step: int) -> None:
@@ -668,8 +675,8 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def test_each_pruning_is_logged_as_it_was(tmp_path):
-    before, after = [], []
-    watch = At("on_step_begin", lambda model, step: before.append(snapshot(model)))
+    before, after = {}, []
+    watch = At("on_step_end", lambda model, step: before.update({step: snapshot(model)}))
     trainer = make_trainer(tmp_path, callbacks=[watch], retrain_schedule="allr")
     trainer.add_callback(At("on_pre_optimizer_step", lambda model, step: after.append(snapshot(model))))
     trainer.train()
@@ -743,13 +750,12 @@ def test_best_model_is_one_that_reached_the_target(tmp_path):
 
 
 def test_results_and_picture(tmp_path):
-    held_out = classification_items(20, seed=2)
-    trainer = make_trainer(
-        tmp_path, eval_dataset=held_out, compute_metrics=accuracy, max_steps=30, learning_rate=3e-2, seed=5
-    )
+    held_out = classification_items(100, seed=2)
+    given = dict(eval_dataset=held_out, compute_metrics=accuracy, target_sparsity=0.95, seed=5)
+    trainer = make_trainer(tmp_path, max_steps=30, learning_rate=3e-2, **given)
     dense = []
     trainer.callback_handler.callbacks.insert(
-        0, At("on_step_begin", lambda model, step: dense.append(mean_loss(model, held_out)) if step == 15 else None)
+        0, At("on_step_end", lambda model, step: dense.append(mean_loss(model, held_out)) if step == 15 else None)
     )
     trainer.train()
     results = json.loads((tmp_path / "bimp_results.json").read_text())
@@ -759,7 +765,7 @@ def test_results_and_picture(tmp_path):
     first, last = results["prunings"]
     assert first["before"]["loss"] == pytest.approx(dense[0], rel=1e-5) == results["dense"]["loss"]
     assert first["retrained"] == last["before"] and last["retrained"] == results["final"]
-    assert last["after"]["accuracy"] != last["before"]["accuracy"]
+    assert last["after"]["accuracy"] < last["before"]["accuracy"]
     stability = 1 - (last["before"]["accuracy"] - last["after"]["accuracy"]) / last["before"]["accuracy"]
     assert results["pruning_stability"]["accuracy"] == pytest.approx(stability)
     assert results["final"]["loss"] == pytest.approx(mean_loss(trainer.model, held_out), rel=1e-5)
@@ -808,7 +814,6 @@ def test_saved_model_is_plain_and_sparse(tmp_path):
             save_strategy="steps",
             save_steps=4,
             predict_with_generate=True,
-            generation_max_length=8,
         )
     )
     trainer = BIMPSeq2SeqTrainer(
@@ -816,10 +821,10 @@ def test_saved_model_is_plain_and_sparse(tmp_path):
         args=args,
         train_dataset=translation_items(),
         eval_dataset=translation_items(6, seed=3),
-        compute_metrics=lambda p: {"width": float(np.asarray(p.predictions).shape[1])},  # generated ids, not logits
+        compute_metrics=lambda p: {"generated": float(p.predictions.ndim == 2 and p.predictions.dtype.kind == "i")},
     )
     trainer.train()
-    assert trainer.results["final"]["width"] <= 8
+    assert trainer.results["final"]["generated"] == 1.0
     loaded = tmp_path / "loaded.safetensors"
     subprocess.run([sys.executable, "-c", LOAD_PLAIN, str(tmp_path / "out"), str(loaded)], check=True, timeout=120)
     weights = load_file(loaded)
@@ -839,13 +844,9 @@ def test_bare_module_is_saved_as_a_plain_state_dict(tmp_path):
 
 
 def test_final_evaluation_in_bfloat16_leaves_the_saved_weights_alone(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        eval_dataset=classification_items(8, seed=2),
-        bf16_full_eval=True,
-        save_strategy="steps",
-        save_steps=12,
-    )
+    saving = dict(save_strategy="steps", save_steps=12)
+    items, held_out = translation_items(), translation_items(8, seed=2)
+    trainer = make_trainer(tmp_path, tiny_t5(), items, eval_dataset=held_out, bf16_full_eval=True, **saving)
     trainer.train()
     last = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), last)
@@ -925,8 +926,11 @@ def test_untested_optimizers_are_refused_by_name(tmp_path):
         make_trainer(tmp_path, model, optimizers=(Adafactor(model.parameters()), None))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # from within peft
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own use of transformers
 def test_peft_models_are_refused(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(tiny_t5(), peft.LoraConfig(target_modules=["q"], r=2))
     with pytest.raises(ValueError, match="PEFT"):
         make_trainer(tmp_path, model, translation_items())
@@ -973,7 +977,7 @@ def test_resuming_from_a_checkpoint_of_plain_trainer_is_refused(tmp_path):
         train_dataset=classification_items(),
     )
     plain.train()
-    with pytest.raises(ValueError, match="cannot be resumed"):
+    with pytest.raises(ValueError, match="checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
