@@ -36,6 +36,7 @@ class BIMPTrainer(Trainer):
     method: IterativeMagnitudePruning | None = None
     _resumed: dict | None = None  # the state of the checkpoint that this run continues
     _history: DenseHistory | None = None  # of the dense phase, planned or long past
+    _recorded: DenseHistory | None = None  # what checkpoints tell later runs
     _trial = None  # of a hyperparameter search
     ignore_keys_for_eval: list[str] | None = None  # as given to train()
     results: dict | None = None  # of the finished run, as in bimp_results.json
@@ -74,8 +75,8 @@ class BIMPTrainer(Trainer):
             resume_from_checkpoint = ckpt.last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} holds no complete checkpoint to resume from. Call train() without "
-                    "resume_from_checkpoint to start afresh."
+                    f"{self.args.output_dir} holds no complete checkpoint of hf_bimp to resume from "
+                    "(save_only_model=True leaves none). Call train() without resume_from_checkpoint to start afresh."
                 )
         elif resume_from_checkpoint and not ckpt.is_complete(Path(resume_from_checkpoint)):
             raise ValueError(
@@ -114,11 +115,13 @@ class BIMPTrainer(Trainer):
         masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
         base = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         self._history = self._dense_history(plan, base)
+        # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
+        self._recorded = self._given_history() if args.keep_zeros and not plan.num_cycles else self._history
         dense = self._history and self._history.rates(unit=base)
         self.method = IterativeMagnitudePruning(
             plan,
             masks,
-            eta_1=dense.peak if dense else args.learning_rate / base,
+            eta_1=dense.peak if dense else 1.0,
             dense=dense,
             retrain_schedule=args.retrain_schedule,
             tuned_rate=args.retrain_learning_rate and args.retrain_learning_rate / base,
@@ -129,14 +132,18 @@ class BIMPTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _given_history(self) -> DenseHistory | None:
+        """The dense training that the given model had before this run, where its checkpoint tells."""
+        if self._resumed:
+            saved = self._resumed["dense_history"]
+            return saved and DenseHistory(**saved)
+        return ckpt.find_dense_history(getattr(getattr(self.model, "config", None), "name_or_path", ""))
+
     def _dense_history(self, plan: Plan, learning_rate: float) -> DenseHistory | None:
         """The dense phase of this run, or with none in it that of the given model, if it is known."""
         args = self.args
         if plan.dense_steps == 0 and args.dense_steps is None:
-            if self._resumed:
-                saved = self._resumed["dense_history"]
-                return saved and DenseHistory(**saved)
-            history = ckpt.find_dense_history(getattr(getattr(self.model, "config", None), "name_or_path", ""))
+            history = self._given_history()
             if history is None and args.retrain_schedule in ("allr", "acc_allr"):
                 logger.warning(
                     f"The dense training of this model is not known, so {args.retrain_schedule} goes by the pruning's "
@@ -231,7 +238,8 @@ class BIMPTrainer(Trainer):
                 share = share * self.accelerator.num_processes  # DDP averages the gradients of the processes
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if share is not None:
-            loss = loss * share
+            # The mean over no label is NaN: a zero that depends on every parameter keeps DDP's processes in step.
+            loss = loss * share if share > 0 else 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, outputs) if return_outputs else loss
 
     def _determine_best_metric(self, metrics, trial):
@@ -261,8 +269,8 @@ class BIMPTrainer(Trainer):
             ckpt.forget_completion(output_dir)
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.method is not None:
-            has_history = self.state.global_step >= self.plan.dense_steps
-            history = self._history if has_history else None
+            is_dense_over = self.state.global_step >= self.plan.dense_steps or self._recorded is not self._history
+            history = self._recorded if is_dense_over else None
             progress, processes = self.method.state_dict(), self.args.world_size
             ckpt.write_state(output_dir, self.run_settings(), progress, history, processes)
 
@@ -270,6 +278,11 @@ class BIMPTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.method.masks.save(os.path.join(output_dir, ckpt.MASKS_NAME))
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, checkpoint, trial):
+        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        # Trainer would do one step too many where the last checkpoint lies within an epoch.
+        return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         ckpt.check_same_settings(checkpoint, self._resumed["settings"], self.run_settings())
