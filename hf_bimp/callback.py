@@ -4,16 +4,13 @@ from transformers import TrainerCallback
 
 
 class PruningCallback(TrainerCallback):
-    """Prunes and sets the learning rate before a step, keeps zeros after it."""
+    """Prunes and sets the learning rate before a step."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.begin_step(state.global_step)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.method.end_step()
 
 
 class ReportingCallback(TrainerCallback):

@@ -44,7 +44,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer | type[torch.optim.Optimize
             f"{cls.__name__} is not tested to keep pruned weights at zero. Tested are: "
             f"{', '.join(c.__name__ for c in TESTED_CLASSES)}."
         )
-    if not isinstance(optimizer, type) and any(group["lr"] is None for group in optimizer.param_groups):
+    groups = [] if isinstance(optimizer, type) else optimizer.param_groups
+    if any(group.get("eps") == 0 for group in groups):
+        raise ValueError(
+            f"{cls.__name__} with eps=0 divides 0 by 0 at every pruned weight. Pass a positive eps, such as 1e-8."
+        )
+    if any(group["lr"] is None for group in groups):
         raise ValueError(
             f"{cls.__name__} sets its own learning rate (lr=None), but the plan does. Pass a rate, and for Adafactor "
             "relative_step=False."

@@ -15,8 +15,9 @@ from .selection import Selection, prune_smallest
 class Masks:
     """Boolean masks over `weights` (parameters by name, sorted), True where a weight is pruned.
 
-    Hard pruning: a pruned weight, its gradient and its optimizer state are zero for ever after. The masks hold for the
-    parameters themselves, so wrapping the model (DDP, `torch.compile`) changes nothing.
+    Hard pruning: a pruned weight, its gradient and its optimizer state are zero for ever after. Where gradient and
+    state are zero, no tested optimizer moves a weight from zero, so only gradients need masking at every step. The
+    masks hold for the parameters themselves, so wrapping the model (DDP, `torch.compile`) changes nothing.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter]):
@@ -64,10 +65,7 @@ class Masks:
                 gradient.masked_fill_(mask, 0)
 
     def mask_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zeroes every per-weight state (momentum, second moments, sums of squares) of the pruned weights.
-
-        With masked gradients it stays zero: no tested optimizer moves a zero state under a zero gradient.
-        """
+        """Zeroes every per-weight state (momentum, second moments, sums of squares) of the pruned weights."""
         for name, mask in self.pruned.items():
             for value in optimizer.state.get(self.weights[name], {}).values():
                 if torch.is_tensor(value) and value.shape == mask.shape:

@@ -28,8 +28,8 @@ def find_prunable(
 
     `prune_modules` and `skip_modules` are regular expressions searched in module names: with the former only modules
     that match one are pruned, the latter are left out. Embeddings stay dense, and so does a layer tied to one (T5's
-    `lm_head`) unless `prune_modules` matches it. Raises `ValueError` where a pattern matches no layer, or no layer is
-    left to prune.
+    `lm_head`) unless `prune_modules` matches it. Frozen weights are pruned like others. Raises `ValueError` where a
+    pattern matches no layer, or no layer is left to prune.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE_MODULES)}
     chosen, skipped = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # weights per chunk: temporaries of a few MB
+CHUNK = 1 << 18  # weights per chunk: temporaries that stay in the processor's cache
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # each is exact in float32
 _INFINITY_BUCKET = 0x7F80  # upper bits of float32's infinity; NaNs lie at or above it
 
@@ -40,8 +40,8 @@ def _histogram(chunks: Iterator[Tensor], shift: int, prefix: int | None) -> Tens
     for chunk in chunks:
         keys = magnitude_keys(chunk)
         if prefix is not None:
-            keys = keys[keys >> 16 == prefix]
-        counts += torch.bincount(keys >> shift & 0xFFFF, minlength=1 << 16).cpu()
+            keys = keys[keys >> 16 == prefix] & 0xFFFF
+        counts += torch.bincount(keys >> shift, minlength=1 << 16).cpu()
     return counts
 
 
@@ -79,15 +79,14 @@ def prune_smallest(weights: list[Tensor], pruned: list[Tensor], k: int) -> Selec
     for weight, mask in zip(weights, pruned, strict=True):
         for chunk, chunk_mask in zip(flat_chunks(weight), mask.view(-1).split(CHUNK), strict=True):
             keys = magnitude_keys(chunk)
-            at_threshold = ((keys == key) & ~chunk_mask).nonzero().view(-1)[:ties]
-            ties -= len(at_threshold)
+            if ties:
+                at_threshold = ((keys == key) & ~chunk_mask).nonzero().view(-1)[:ties]
+                ties -= len(at_threshold)
+                chunk_mask[at_threshold] = True
             chunk_mask |= keys < key
-            chunk_mask[at_threshold] = True
-            removed += _square_sum(chunk[chunk_mask])
-            total += _square_sum(chunk)
+            values = chunk.double()
+            total += torch.dot(values, values).item()
+            values.masked_fill_(~chunk_mask, 0)
+            removed += torch.dot(values, values).item()
     threshold = torch.tensor(key, dtype=torch.int32).view(torch.float32).item()
     return Selection(threshold, math.sqrt(removed), math.sqrt(total))
-
-
-def _square_sum(values: Tensor) -> float:
-    return values.double().square().sum().item()

@@ -76,7 +76,7 @@ def main() -> None:
     while step < plan.total_steps:
         if method.is_due(step):  # * Before a step, so that the phase that ends can be measured as it was.
             report("trained")
-            pruning = method.prune(optimizer)
+            pruning = method.prune(optimizer)  # * Its state too: a momentum left would move pruned weights.
             report(f"pruned, peak LR {pruning.retrain_peak:.1e}")
         for group in optimizer.param_groups:  # * The plan's rate; use no scheduler beside it.
             group["lr"] = method.rate(step)
@@ -88,9 +88,7 @@ def main() -> None:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                method.end_step()  # * After the optimizer's step: pruned weights are zero whatever it did.
-                step += 1
+            step += accelerator.sync_gradients
     report("trained")
 
     weights = accelerator.get_state_dict(model)  # plain tensors, with the zeros in them: loads without hf_bimp

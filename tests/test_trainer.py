@@ -1,5 +1,6 @@
 """`BIMPTrainer` as its users see it: dense parity, learning rates, hard zeros, histories, records, refusals."""
 
+import gc
 import json
 import math
 import subprocess
@@ -633,31 +634,29 @@ def test_acc_allr_measures_the_drop_of_the_training_accuracy(tmp_path, name):
     assert [entry["prune_d1"] for entry in pruning_records(trainer)] == pytest.approx(expected, abs=1e-9)
 
 
-def test_acc_allr_measures_on_training_data_with_persistent_workers(tmp_path):
-    items, held_out = classification_items(32), classification_items(5, seed=8)
-    sizes = []
-    trainer = make_trainer(
-        tmp_path,
-        items=items,
-        eval_dataset=held_out,
-        eval_strategy="steps",
-        eval_steps=3,
-        retrain_schedule="acc_allr",
-        dataloader_num_workers=1,
-        dataloader_persistent_workers=True,
-    )
-    measure = trainer.accelerator.gather_for_metrics
+def test_acc_allr_measures_on_training_data_with_persistent_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # workers end at once afterwards
 
-    def spy(rows, *args, **kwargs):
-        gathered = measure(rows, *args, **kwargs)
-        if torch.is_tensor(gathered) and gathered.ndim == 2 and gathered.shape[1] == 2:
-            sizes.append(len(gathered))
-        return gathered
+    def run() -> None:
+        held_out, sizes = classification_items(5, seed=8), []
+        workers = dict(dataloader_num_workers=1, dataloader_persistent_workers=True)
+        evaluation = dict(eval_dataset=held_out, eval_strategy="steps", eval_steps=3)
+        trainer = make_trainer(tmp_path, retrain_schedule="acc_allr", **workers, **evaluation)
+        gather = trainer.accelerator.gather_for_metrics
 
-    trainer.accelerator.gather_for_metrics = spy
-    trainer.train()
-    assert sum(sizes) == 3 * 32  # dense, and after each of two prunings
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(mean_loss(trainer.model, held_out), rel=1e-5)
+        def spy(rows, *args, **kwargs):
+            gathered = gather(rows, *args, **kwargs)
+            if torch.is_tensor(gathered) and gathered.ndim == 2 and gathered.shape[1] == 2:
+                sizes.append(len(gathered))
+            return gathered
+
+        trainer.accelerator.gather_for_metrics = spy
+        trainer.train()
+        assert sum(sizes) == 3 * 32  # dense, and after each of two prunings
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(mean_loss(trainer.model, held_out), rel=1e-5)
+
+    run()
+    gc.collect()
 
 
 def mean_loss(model: nn.Module, items: list[dict]) -> float:

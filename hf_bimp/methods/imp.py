@@ -52,8 +52,8 @@ class IterativeMagnitudePruning:
         warmup_ratio: share of a cycle to warm up; None takes the paper's (10 %, or 0 for tuned schedules).
         train_accuracy: gives the accuracy on the training set, for `acc_allr` alone.
 
-    Call `prune` before a step where `is_due`, set the optimizer's learning rate to `rate`, call `edit_gradients`
-    between backward and clipping, and `end_step` after the optimizer's step.
+    Call `prune` before a step where `is_due`, set the optimizer's learning rate to `rate`, and call
+    `edit_gradients` between backward and clipping.
     """
 
     def __init__(
@@ -142,9 +142,6 @@ class IterativeMagnitudePruning:
 
     def edit_gradients(self) -> None:
         self.masks.mask_gradients()
-
-    def end_step(self) -> None:
-        self.masks.mask_weights()
 
     def state_dict(self) -> dict:
         """What a checkpoint needs beside the masks, as JSON."""
