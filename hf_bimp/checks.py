@@ -23,8 +23,6 @@ def check_model(model: nn.Module) -> None:
             "PEFT models are not supported: adapters are dense, so pruning the weights under them leaves the merged "
             "model dense. Merge first (model.merge_and_unload()) or train the base model."
         )
-    if any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters()):
-        raise ValueError("The model is sharded (DTensor parameters), which is not supported. Load it whole, for DDP.")
 
 
 def check_scheduler(scheduler: LRScheduler | None) -> None:

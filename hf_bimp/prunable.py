@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
@@ -51,7 +52,7 @@ def find_prunable(
             f"{type(model).__name__} has no prunable weight: only linear and convolution layers are pruned, "
             f"and prune_modules={prune_modules}, skip_modules={skip_modules} leave none of its {len(layers)} layers."
         )
-    _check_dtypes(prunable)
+    _check_tensors(prunable)
     dense = [n for n, p in named if p.ndim > 1 and id(p) not in weights | embeddings]
     return PrunableWeights(prunable, tuple(dense))
 
@@ -75,8 +76,10 @@ def _matching(layers: dict[str, nn.Module], patterns: Sequence[str] | None, argu
     return found
 
 
-def _check_dtypes(weights: dict[str, nn.Parameter]) -> None:
+def _check_tensors(weights: dict[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
+        if isinstance(weight, DTensor):
+            raise ValueError(f"{name} is sharded (FSDP2, a DTensor), which is not supported. Keep it whole, with DDP.")
         if weight.dtype not in DTYPES:
             raise ValueError(
                 f"{name} is {weight.dtype}; prunable weights must be one of {', '.join(map(str, DTYPES))}. "

@@ -51,7 +51,9 @@ def kth_smallest_key(weights: list[Tensor], k: int) -> tuple[int, int]:
     Raises `ValueError` where a weight is NaN or infinite.
     """
     prefix, below = None, 0
-    for shift in (16, 0):
+    # bfloat16 is the upper half of float32: nothing is left to tell apart in the lower one.
+    only_upper = all(weight.dtype == torch.bfloat16 for weight in weights)
+    for shift in (16,) if only_upper else (16, 0):
         counts = _histogram((chunk for weight in weights for chunk in flat_chunks(weight)), shift, prefix)
         if prefix is None and counts[_INFINITY_BUCKET:].any():
             raise ValueError(
@@ -62,7 +64,7 @@ def kth_smallest_key(weights: list[Tensor], k: int) -> tuple[int, int]:
         bucket = int(torch.searchsorted(totals, k - below))
         below += int(totals[bucket] - counts[bucket])
         prefix = bucket if prefix is None else prefix << 16 | bucket
-    return prefix, below
+    return prefix << 16 if only_upper else prefix, below
 
 
 def prune_smallest(weights: list[Tensor], pruned: list[Tensor], k: int) -> Selection:

@@ -235,9 +235,9 @@ def test_adapters_are_refused() -> None:
 
 SHARDED = """
 from torch import distributed, nn
-from hf_bimp.checks import check_model
+from hf_bimp.prunable import find_prunable
 
-check_model(nn.Linear(4, 4))
+find_prunable(nn.Linear(4, 4))
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
@@ -245,7 +245,7 @@ from torch.distributed.device_mesh import init_device_mesh
 model = nn.Sequential(nn.Linear(4, 4))
 fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 try:
-    check_model(model)
+    find_prunable(model)
 except ValueError as error:
     print(error)
 distributed.destroy_process_group()
@@ -255,4 +255,4 @@ distributed.destroy_process_group()
 def test_sharded_models_are_refused() -> None:
     run = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert "sharded (DTensor parameters)" in run.stdout and "Load it whole" in run.stdout
+    assert "sharded (FSDP2, a DTensor)" in run.stdout and "Keep it whole" in run.stdout

@@ -12,6 +12,8 @@ from hf_bimp import DenseHistory, IterativeMagnitudePruning, Masks, Plan, make_p
 from hf_bimp.scheduler import PlannedScheduler
 from hf_bimp.schedules import RETRAIN_SCHEDULES
 
+OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # has no state of the pruned weights
+
 TUNED = ("constant", "stepped", "cosine", "linear")
 NO_WARMUP = ("ft", "lrw")
 TUNED_RATE = 0.037
@@ -116,7 +118,7 @@ def test_every_rate_of_a_run(schedule: str, cycles: int, warmup: int, own_ratio:
             length = n if cycle < cycles else LENGTHS[cycles] - (cycles - 1) * n
             if cycle > done:
                 assert run.is_due(step)
-                record, done = run.prune(), cycle
+                record, done = run.prune(OPTIMIZER), cycle
                 d1 = reference.d1(1 - (1 - 0.8) ** (cycle / cycles))
                 if schedule == "acc_allr":
                     d1 = max((accuracy[0] - accuracy[cycle]) / accuracy[0], 0.0)
@@ -139,7 +141,7 @@ def test_the_field_default_is_reached_without_warmup() -> None:
 @pytest.mark.parametrize("schedule", [s for s in RETRAIN_SCHEDULES if s not in NO_WARMUP])
 def test_the_warmed_up_peak_is_used_once_in_full(schedule: str) -> None:
     run = method(schedule, make_plan(100, 0.8, 1), DenseHistory(50, 0.2), 0.1)
-    peak = run.prune().retrain_peak
+    peak = run.prune(OPTIMIZER).retrain_peak
     rates = [run.rate(step) for step in range(50, 100)]
     assert rates[:5] == pytest.approx([peak * k / 6 for k in range(1, 6)], abs=1e-12)
     assert rates[5] == pytest.approx(peak, abs=1e-12) and max(rates) == rates[5]
@@ -148,7 +150,7 @@ def test_the_warmed_up_peak_is_used_once_in_full(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["allr", "acc_allr", "allr_d1"])
 def test_without_a_dense_history_the_impact_decides_alone(schedule: str) -> None:
     run = method(schedule, make_plan(30, 0.8, 1, 0.0), None)
-    record = run.prune()
+    record = run.prune(OPTIMIZER)
     assert record.d2 is None
     assert record.d1 == pytest.approx(0.3 / 0.8 if schedule == "acc_allr" else Reference().d1(0.8), abs=1e-9)
     assert record.retrain_peak == pytest.approx(record.d1 * 0.2, abs=1e-12)
@@ -163,7 +165,7 @@ def test_schedules_that_need_the_dense_history_say_so(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["llr", "constant", "cosine", "linear"])
 def test_schedules_that_need_no_dense_history_run_without(schedule: str) -> None:
     run = method(schedule, make_plan(30, 0.8, 1, 0.0), None, 0.0)
-    run.prune()
+    run.prune(OPTIMIZER)
     assert run.rate(0) == pytest.approx(0.2 if schedule == "llr" else TUNED_RATE)
 
 
@@ -174,13 +176,13 @@ def test_rewinding_further_than_the_dense_phase_went_is_refused() -> None:
     with pytest.raises(ValueError, match="last 10 .* only 9 steps"):  # the last of two cycles takes the remainder
         method("lrw", make_plan(28, 0.8, 2, 9 / 28), history)
     fits = method("lrw", make_plan(18, 0.8, 1, 0.5), history)
-    fits.prune()
+    fits.prune(OPTIMIZER)
     assert [fits.rate(9 + i) for i in range(9)] == list(history.rates().rates)
 
 
 def test_a_retraining_longer_than_the_dense_phase_starts_from_the_largest_rate() -> None:
     run = method("allr", make_plan(100, 0.8, 1, 0.4), DenseHistory(40, 0.2))
-    record = run.prune()
+    record = run.prune(OPTIMIZER)
     assert record.d2 == 1.0 and record.retrain_peak == pytest.approx(0.2)
     assert all(0 < run.rate(step) <= 0.2 for step in range(40, 100))
 
@@ -188,20 +190,20 @@ def test_a_retraining_longer_than_the_dense_phase_starts_from_the_largest_rate()
 def test_nothing_removed_of_nothing_has_no_impact() -> None:
     masks = Masks({"w": torch.nn.Parameter(torch.zeros(4, 4))})
     run = IterativeMagnitudePruning(make_plan(10, 0.5, 1, 0.0), masks, eta_1=0.2)
-    assert run.prune().d1 == 0.0
+    assert run.prune(OPTIMIZER).d1 == 0.0
 
 
 def test_progress_comes_back_from_a_checkpoint() -> None:
     plan, history = make_plan(60, 0.8, 3), DenseHistory(30, 0.2)
     run, resumed = method("acc_allr", plan, history), method("acc_allr", plan, history)
-    run.prune()
+    run.prune(OPTIMIZER)
     resumed.load_state_dict(json.loads(json.dumps(run.state_dict())))
     resumed.masks.pruned = {name: mask.clone() for name, mask in run.masks.pruned.items()}
     resumed.masks.mask_weights()
     after = iter(accuracies()[2:])  # the dense accuracy is not measured again
     resumed.train_accuracy = lambda: next(after)
     assert resumed.cycle == 1 and resumed.is_due(40) and not resumed.is_due(30)
-    assert run.prune() == resumed.prune()
+    assert run.prune(OPTIMIZER) == resumed.prune(OPTIMIZER)
     assert [run.rate(step) for step in range(30, 50)] == [resumed.rate(step) for step in range(30, 50)]
 
 
@@ -260,7 +262,7 @@ def test_the_largest_rate_is_one_that_was_really_used() -> None:
 def test_compressing_a_stepped_schedule_keeps_its_shape(schedule: str) -> None:
     history = DenseHistory(80, 0.1, lr_milestones=[0.5, 0.75], lr_gamma=0.1)
     run = method(schedule, make_plan(100, 0.8, 1, 0.8), history, 0.0)
-    peak = run.prune().retrain_peak
+    peak = run.prune(OPTIMIZER).retrain_peak
     expected = [peak] * 10 + [peak / 10] * 5 + [peak / 100] * 5
     assert [run.rate(step) for step in range(80, 100)] == pytest.approx(expected, abs=1e-12)
 
@@ -277,7 +279,7 @@ def test_skipped_optimizer_steps_do_not_delay_the_schedule() -> None:
     assert scheduler.get_last_lr() == [0.2, 0.1]
     for step in range(40):
         if run.is_due(step):
-            run.prune(), reference.prune()
+            run.prune(OPTIMIZER), reference.prune(OPTIMIZER)
         scheduler.set_step(step)
         rate = reference.rate(step)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate / 2], abs=1e-9)

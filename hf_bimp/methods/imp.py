@@ -48,7 +48,7 @@ class IterativeMagnitudePruning:
         eta_1: the largest dense learning rate.
         dense: the dense schedule; None where it is not known, which rules out the schedules that need it.
         retrain_schedule: one of `RETRAIN_SCHEDULES` (default ALLR, section 2.1 of the paper).
-        retrain_rate: peak of the four tuned schedules.
+        tuned_rate: peak of the four tuned schedules.
         warmup_ratio: share of a cycle to warm up; None takes the paper's (10 %, or 0 for tuned schedules).
         train_accuracy: gives the accuracy on the training set, for `acc_allr` alone.
 
@@ -106,7 +106,7 @@ class IterativeMagnitudePruning:
 
     def is_due(self, step: int) -> bool:
         """Whether a pruning comes before optimizer step `step`."""
-        return not self.is_complete and step == self.plan.prune_steps[self.cycle]
+        return not self.is_complete and step >= self.plan.prune_steps[self.cycle]
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`."""
@@ -120,14 +120,13 @@ class IterativeMagnitudePruning:
         """The largest rate of a cycle whose schedule does not wait for the pruning."""
         return retrain_peak(self.schedule, phase.steps, self.eta_1, self.dense, 1.0, self.tuned_rate)
 
-    def prune(self, optimizer: torch.optim.Optimizer | None = None) -> Pruning:
+    def prune(self, optimizer: torch.optim.Optimizer) -> Pruning:
         """Does the next pruning: masks, weights, the state of `optimizer`, and the next cycle's peak rate."""
         if self.schedule == "acc_allr" and self.dense_accuracy is None:
             self.dense_accuracy = self.train_accuracy()
         phase = self.plan.cycle_phase(self.cycle + 1)
         selection = self.masks.prune(phase.sparsity)
-        if optimizer is not None:
-            self.masks.mask_optimizer_state(optimizer)
+        self.masks.mask_optimizer_state(optimizer)
         if self.schedule == "acc_allr":
             impact = (self.dense_accuracy - self.train_accuracy()) / (self.dense_accuracy or 1.0)
         else:
