@@ -5,9 +5,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .dense import DenseHistory
 
@@ -87,7 +87,9 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return all((checkpoint / name).is_file() for name in names)
+    names += [MASKS_NAME, OPTIMIZER_NAME]  # a folder that was being deleted may lack any of its files
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return all((checkpoint / n).is_file() for n in names) and any((checkpoint / n).is_file() for n in weights)
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

@@ -50,4 +50,11 @@ class DenseHistory:
         # Transformers' own schedules are functions of the step, built around an optimizer: any will do.
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
         kwargs = dict(self.lr_scheduler_kwargs)
-        return get_scheduler(self.lr_scheduler_type, optimizer, self.warmup_steps, self.steps, kwargs).lr_lambdas[0]
+        try:
+            scheduler = get_scheduler(self.lr_scheduler_type, optimizer, self.warmup_steps, self.steps, kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} does not go with lr_scheduler_kwargs={kwargs}: {error}."
+                f" Numbers of steps in it are those of the dense phase, {self.steps}."
+            ) from error
+        return scheduler.lr_lambdas[0]

@@ -47,6 +47,11 @@ def plan_table(method: IterativeMagnitudePruning, unit: float, dense_names: tupl
     weights = f"{method.masks.num_weights:,} prunable weights in {len(method.masks.weights)} tensors"
     retraining = f", retraining by {method.schedule}" if plan.num_cycles else ""
     lines = [f"Plan: {weights}{retraining}", *lines]
+    frozen = sum(not weight.requires_grad for weight in method.masks.weights.values())
+    if frozen and plan.num_cycles:
+        lines.append(
+            f"{frozen} of these tensors are frozen: pruned, but never retrained. skip_modules leaves them out."
+        )
     if dense_names:
         shown = ", ".join(dense_names[:8]) + (f" and {len(dense_names) - 8} more" if len(dense_names) > 8 else "")
         lines.append(f"Weight matrices that stay dense (embeddings aside): {shown}")

@@ -86,9 +86,10 @@ def prune_smallest(weights: list[Tensor], pruned: list[Tensor], k: int) -> Selec
                 ties -= len(at_threshold)
                 chunk_mask[at_threshold] = True
             chunk_mask |= keys < key
-            values = chunk.double()
+            device = "cpu" if chunk.device.type == "mps" else chunk.device  # Apple's GPUs have no float64
+            values = chunk.to(device).double()
             total += torch.dot(values, values).item()
-            values.masked_fill_(~chunk_mask, 0)
+            values.masked_fill_(~chunk_mask.to(device), 0)
             removed += torch.dot(values, values).item()
     threshold = torch.tensor(key, dtype=torch.int32).view(torch.float32).item()
     return Selection(threshold, math.sqrt(removed), math.sqrt(total))

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import checkpoint as ckpt
+from .arguments import BIMPArguments
 from .callback import PruningCallback, ReportingCallback
 from .checks import check_devices, check_model, check_optimizer, check_scheduler
 from .dense import DenseHistory
@@ -43,6 +45,11 @@ class BIMPTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, BIMPArguments):
+            raise ValueError(
+                f"{type(self).__name__} needs BIMPArguments (BIMPSeq2SeqArguments), which say how much to prune, not "
+                f"{type(self.args).__name__}."
+            )
         check_devices(self.args.n_gpu, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         check_model(self.model)
         check_scheduler(self.lr_scheduler)
@@ -51,7 +58,7 @@ class BIMPTrainer(Trainer):
         if self.optimizer_cls_and_kwargs is not None:
             check_optimizer(self.optimizer_cls_and_kwargs[0])
         find_prunable(self.model, self.args.prune_modules, self.args.skip_modules)
-        if self.compute_loss_func is None:
+        if self.compute_loss_func is None and type(self).compute_loss is BIMPTrainer.compute_loss:
             # Has Trainer count the items of a whole batch; compute_loss then normalises by them for any model.
             self.model_accepts_loss_kwargs = True
         self.add_callback(PruningCallback(self))
@@ -111,6 +118,17 @@ class BIMPTrainer(Trainer):
         plan = make_plan(
             num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
         )
+        zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
+        if plan.num_cycles and not args.keep_zeros and not self._resumed and zeros > 0.05:
+            logger.warning(
+                f"{zeros:.1%} of the prunable weights are zero already. Without keep_zeros=True they may grow back "
+                "before they are pruned, at no impact and so at a low learning rate."
+            )
+        if args.retrain_schedule == "acc_allr" and not has_length(self.train_dataset):
+            raise ValueError(
+                "retrain_schedule='acc_allr' measures the accuracy on the whole training set, and this one has no "
+                "length. Use a sized data set, or allr."
+            )
         optimizer = self.optimizer if optimizer is None else optimizer
         masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
         base = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
@@ -144,6 +162,11 @@ class BIMPTrainer(Trainer):
         args = self.args
         if plan.dense_steps == 0 and args.dense_steps is None:
             history = self._given_history()
+            if history is not None:
+                logger.warning(
+                    f"The model's checkpoint tells of its dense training: {history}. The retraining refers to it; "
+                    "learning_rate and lr_scheduler_type have no effect on this run. dense_steps would overrule it."
+                )
             if history is None and args.retrain_schedule in ("allr", "acc_allr"):
                 logger.warning(
                     f"The dense training of this model is not known, so {args.retrain_schedule} goes by the pruning's "
@@ -259,6 +282,7 @@ class BIMPTrainer(Trainer):
             "retrain_warmup_ratio": self.method.warmup_ratio,
             "dense_schedule": history and asdict(history),
             "keep_zeros": args.keep_zeros,
+            "learning_rate": self.base_learning_rate if history is None else None,
             "prune_modules": args.prune_modules,
             "skip_modules": args.skip_modules,
         }

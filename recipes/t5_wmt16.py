@@ -9,6 +9,7 @@ command line. The offline sample and its tiny T5 need no network.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,12 +49,14 @@ class ModelArguments:
     tiny_dropout: float = field(default=0.0, metadata={"help": "Dropout rate."})
 
 
-def build_model(args: ModelArguments, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; `texts` are what a new tokenizer is trained on."""
+def build_model(
+    args: ModelArguments, texts: Callable[[], list[str]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; `texts` gives what a new tokenizer is trained on."""
     if args.model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         return AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path), tokenizer
-    tokenizer = train_tokenizer(texts, args.tiny_vocab_size)
+    tokenizer = train_tokenizer(texts(), args.tiny_vocab_size)
     model = tiny_t5(
         tokenizer,
         d_model=args.tiny_d_model,
@@ -104,7 +107,7 @@ def main() -> None:
         print(f"    {WMT16_COMMAND}")
     set_seed(args.seed)
     pairs = load_pairs(data_args)
-    model, tokenizer = build_model(model_args, sentences(data_args, pairs["train"]))
+    model, tokenizer = build_model(model_args, lambda: sentences(data_args, pairs["train"]))
     encoded = tokenize(data_args, pairs, tokenizer)
     bleu = BleuOfTokens(tokenizer)
     trainer = BIMPSeq2SeqTrainer(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import At, classification_items, classifier, matrices, run_arguments, tiny_t5, translation_items
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
 from hf_bimp import BIMPArguments, BIMPTrainer
 
@@ -161,3 +162,20 @@ def test_two_processes_prune_the_same_weights(two_processes, task):
 if __name__ == "__main__":
     for task, (name, batch, accumulation) in TASKS.items():
         train(Path(sys.argv[1]) / task, name, batch, accumulation, rank=int(os.environ["RANK"]))
+
+
+def test_a_compute_loss_of_ones_own_is_scaled_as_plain_trainer_scales_it(tmp_path) -> None:
+    def losses(base: type[Trainer], args: TrainingArguments) -> list[float]:
+        class OwnLoss(base):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                outputs = model(**inputs)
+                return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+        trainer = OwnLoss(model=classifier(), args=args, train_dataset=classification_items())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    common = run_arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2, logging_steps=1, learning_rate=1e-2)
+    plain = losses(Trainer, TrainingArguments(**common))
+    ours = losses(BIMPTrainer, BIMPArguments(**common, method="dense"))
+    assert ours == plain and len(ours) == 4
