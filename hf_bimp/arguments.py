@@ -8,11 +8,14 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from .allocation import ALLOCATIONS
 from .methods.imp import check_schedule
 from .plan import check_amount
+from .rules import CRITERIA, check_rule, parse_n_of_m
 from .schedules import RETRAIN_SCHEDULES
 
 METHODS = ("bimp", "dense")
+ON_COLLAPSE = ("warn", "raise")
 # What torch and transformers alone provide on any device. Each is tested to leave pruned weights at zero.
 TESTED_OPTIMIZERS = (
     OptimizerNames.ADAMW_TORCH,
@@ -78,6 +81,29 @@ class BIMPArguments(TrainingArguments):
             "(ft and lrw have no warm-up)."
         },
     )
+    granularity: str = field(
+        default="weight",
+        metadata={
+            "help": "What is removed: 'weight'; 'filter' (whole output filters, the same share of each layer's, by "
+            "their L2 norm); or 'n:m' such as 2:4 (of m consecutive inputs n stay, so the sparsity is 1 - n/m)."
+        },
+    )
+    allocation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How pruned weights spread over the layers; by default one global threshold. Filters and n:m go "
+            "by the same share of every layer instead.",
+            "choices": ALLOCATIONS,
+        },
+    )
+    criterion: str = field(
+        default="magnitude",
+        metadata={"help": "Which weights or filters go: the smallest, or random ones.", "choices": CRITERIA},
+    )
+    on_collapse: str = field(
+        default="warn",
+        metadata={"help": "What to do when a pruning leaves a layer without any weight.", "choices": ON_COLLAPSE},
+    )
     prune_modules: list[str] | None = field(
         default=None, metadata={"help": "Regular expressions: prune only the modules whose name matches one."}
     )
@@ -118,10 +144,28 @@ class BIMPArguments(TrainingArguments):
 
     def validate(self) -> None:
         """Checked again when the plan is made: hyperparameter search sets fields without `__post_init__`."""
+        check_rule(self.granularity, self.allocation, self.criterion)
+        if self.on_collapse not in ON_COLLAPSE:
+            raise ValueError(f"on_collapse={self.on_collapse!r} is none of {', '.join(ON_COLLAPSE)}.")
+        self._set_sparsity_of_pattern()
         self._validate_amount()
         check_schedule(self.retrain_schedule, self.retrain_learning_rate, self.retrain_warmup_ratio)
         self._validate_dense_phase()
         self._validate_setup()
+
+    def _set_sparsity_of_pattern(self) -> None:
+        """n:m fixes the sparsity."""
+        pattern = parse_n_of_m(self.granularity)
+        if pattern is None or self.method == "dense" or self.num_cycles == 0:
+            return
+        sparsity = 1 - pattern[0] / pattern[1]
+        if self.target_sparsity is None:
+            self.target_sparsity = sparsity
+        if abs(self.target_sparsity - sparsity) > 1e-9:
+            raise ValueError(
+                f"granularity={self.granularity!r} fixes the sparsity at {sparsity:.4g}: leave target_sparsity out "
+                f"(given: {self.target_sparsity})."
+            )
 
     def _validate_amount(self) -> None:
         if self.method not in METHODS:

@@ -1,28 +1,18 @@
 """Measuring a model in the middle of a run, without leaving a trace in it."""
 
-import contextlib
-import random
-from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor, nn
+from transformers.utils import logging
 
+from .random_state import preserved_random_state
 from .report import final_metrics
+from .speedup import MultiplyAdds, count_multiply_adds
 
 _NOT_METRICS = ("_runtime", "_per_second", "_time")
 
-
-@contextlib.contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside leaves Python's, NumPy's and torch's random numbers as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+logger = logging.get_logger(__name__)
 
 
 def pruning_metrics(trainer, prefix: str) -> dict[str, float]:
@@ -35,6 +25,7 @@ def pruning_metrics(trainer, prefix: str) -> dict[str, float]:
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     loss_only, metrics = trainer.args.prediction_loss_only, {}
     trainer.args.prediction_loss_only = loss_only or trainer.compute_metrics is None
+    trainer.is_measuring = True
     try:
         with preserved_random_state():
             for name, dataset in sets.items():
@@ -43,6 +34,7 @@ def pruning_metrics(trainer, prefix: str) -> dict[str, float]:
                 metrics |= prediction.metrics
     finally:
         trainer.args.prediction_loss_only = loss_only
+        trainer.is_measuring = False
     return {name: value for name, value in metrics.items() if not name.endswith(_NOT_METRICS)}
 
 
@@ -54,18 +46,51 @@ def metrics_before_pruning(trainer) -> dict[str, float]:
     return {f"before_prune_{k}": v for k, v in done.items()} or pruning_metrics(trainer, "before_prune")
 
 
+def example_inputs(trainer, items: int = 2) -> dict[str, Any]:
+    """The first training items as the model gets them, on its device."""
+    with preserved_random_state():
+        batch = next(iter(trainer.get_test_dataloader(trainer.train_dataset)))
+    inputs = dict(trainer._prepare_inputs(batch))
+    if trainer.compute_loss_func is not None:
+        inputs.pop("labels", None)  # Trainer keeps them for the loss
+    return {name: value[:items] if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def try_to_count(trainer) -> MultiplyAdds | None:
+    """Multiply-adds of one pass over two training items; None, with a warning, where a model defies counting."""
+    try:
+        return count_multiply_adds(trainer.model, example_inputs(trainer))
+    except Exception as error:  # any model's code runs here, and a measure alone must not end a training
+        logger.warning(f"No theoretical speedup will be reported, multiply-adds cannot be counted: {error!r}")
+        return None
+
+
+def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """The likeliest class of each label, in the shape of `labels`.
+
+    Logits are (items, classes), (items, tokens, classes), or for segmentation (items, classes, height, width), which
+    are resized to the labels' height and width.
+    """
+    if labels.ndim < 3:
+        return logits.argmax(-1)
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    return logits.argmax(1)
+
+
 @torch.no_grad()
 def train_accuracy(trainer) -> float:
-    """Share of the training labels (tokens, for sequences) that the model gets right, in evaluation mode."""
+    """Share of the training labels (tokens, pixels) that the model gets right, in evaluation mode."""
     counts = torch.zeros(2, dtype=torch.int64, device=trainer.args.device)
     trainer.model.eval()
     with preserved_random_state():
         for inputs in trainer.get_test_dataloader(trainer.train_dataset):
             inputs = trainer._prepare_inputs(inputs)
+            labels = inputs["labels"]
             with trainer.compute_loss_context_manager():
-                outputs = trainer.model(**inputs)
+                _, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-            predictions, labels = logits.argmax(-1), inputs["labels"]
+            predictions = predicted_classes(logits, labels)
             if trainer._loss_shifts_labels:
                 predictions, labels = predictions[..., :-1], labels[..., 1:]
             counted = labels.ne(-100)

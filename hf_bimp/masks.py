@@ -1,6 +1,7 @@
 """The one owner of the masks: what is pruned, and that it stays exactly zero."""
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from .selection import Selection, prune_smallest
+from .rules import Rule, WeightRule
+from .selection import Selection
 
 
 class Masks:
@@ -18,11 +20,25 @@ class Masks:
     Hard pruning: a pruned weight, its gradient and its optimizer state are zero for ever after. Where gradient and
     state are zero, no tested optimizer moves a weight from zero, so only gradients need masking at every step. The
     masks hold for the parameters themselves, so wrapping the model (DDP, `torch.compile`) changes nothing.
+
+    `rule` says what a pruning removes (by default the smallest magnitudes of all layers). `attached` are parameters
+    that are masked along but are not counted: biases and normalisation channels of removed filters.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter]):
-        self.weights = weights
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        rule: Rule | None = None,
+        attached: dict[str, nn.Parameter] | None = None,
+    ):
+        self.weights, self.attached = weights, attached or {}
+        self.rule = WeightRule() if rule is None else rule
         self.pruned: dict[str, Tensor] = {}  # empty until something is pruned
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is masked, counted or not."""
+        return self.weights | self.attached
 
     @property
     def num_weights(self) -> int:
@@ -30,44 +46,59 @@ class Masks:
 
     @property
     def num_pruned(self) -> int:
-        return sum(int(mask.sum()) for mask in self.pruned.values())
+        return sum(int(self.pruned[name].sum()) for name in self.weights) if self.pruned else 0
 
     @property
     def sparsity(self) -> float:
         return self.num_pruned / self.num_weights
 
-    def prune(self, sparsity: float) -> Selection:
-        """Prunes to exactly `round(sparsity * num_weights)` weights, the smallest magnitudes of all layers."""
+    @property
+    def collapsed(self) -> list[str]:
+        """Names of the weights that have nothing left: nothing passes through their layers."""
+        return [name for name in self.weights if self.pruned and bool(self.pruned[name].all())]
+
+    def check_reachable(self, sparsities: Sequence[float]) -> None:
+        """Raises `ValueError` where the rule cannot prune to one of these sparsities, one after the other."""
         pruned = self.pruned or self._empty()
-        k = round(sparsity * self.num_weights)
-        if k < self.num_pruned:
-            raise ValueError(f"{self.num_pruned} weights are pruned already, and {k} would be fewer: masks only grow.")
-        selection = prune_smallest(list(self.weights.values()), list(pruned.values()), k)
+        for sparsity in sparsities:
+            self.rule.check_reachable(self.weights, pruned, sparsity)
+
+    def prune(self, sparsity: float) -> Selection:
+        """Prunes to `sparsity` as the rule says: exactly `round(sparsity * num_weights)` where it ranks weights."""
+        pruned = self.pruned or self._empty()
+        selection = self.rule.select(self.weights, pruned, sparsity)
         self.pruned = pruned
         self.mask_weights()
         return selection
 
     def keep_zeros(self) -> None:
-        """Prunes what is zero already."""
-        self.pruned = {name: (weight.detach() == 0).contiguous() for name, weight in self.weights.items()}
+        """Prunes what is zero already; a zero bias or normalisation channel only where its filter is zero."""
+        pruned = self._empty() | {name: (w.detach() == 0).contiguous() for name, w in self.weights.items()}
+        self.rule.mark_attached(pruned)
+        for name, parameter in self.attached.items():
+            pruned[name] &= parameter.detach() == 0
+        self.pruned = pruned
 
     def _empty(self) -> dict[str, Tensor]:
-        return {n: torch.zeros(w.shape, dtype=torch.bool, device=w.device) for n, w in self.weights.items()}
+        return {n: torch.zeros(w.shape, dtype=torch.bool, device=w.device) for n, w in self.parameters.items()}
 
     @torch.no_grad()
     def mask_weights(self) -> None:
+        parameters = self.parameters
         for name, mask in self.pruned.items():
-            self.weights[name].masked_fill_(mask, 0)
+            parameters[name].masked_fill_(mask, 0)
 
     def mask_gradients(self) -> None:
+        parameters = self.parameters
         for name, mask in self.pruned.items():
-            if (gradient := self.weights[name].grad) is not None:
+            if (gradient := parameters[name].grad) is not None:
                 gradient.masked_fill_(mask, 0)
 
     def mask_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Zeroes every per-weight state (momentum, second moments, sums of squares) of the pruned weights."""
+        parameters = self.parameters
         for name, mask in self.pruned.items():
-            for value in optimizer.state.get(self.weights[name], {}).values():
+            for value in optimizer.state.get(parameters[name], {}).values():
                 if torch.is_tensor(value) and value.shape == mask.shape:
                     value.masked_fill_(mask, 0)
 
@@ -89,11 +120,11 @@ class Masks:
         packed = load_file(path)
         with safe_open(path, "np") as file:
             shapes = file.metadata() or {}
-        here = {name: str(list(weight.shape)) for name, weight in self.weights.items()}
+        here = {name: str(list(parameter.shape)) for name, parameter in self.parameters.items()}
         if packed and shapes != here:
             names = sorted(name for name in shapes | here if shapes.get(name) != here.get(name))
             raise ValueError(f"{path} holds masks for other weights than this run prunes; they differ in: {names[:5]}")
-        self.pruned = {name: _unpack(packed[name], weight) for name, weight in self.weights.items() if packed}
+        self.pruned = {name: _unpack(packed[name], p) for name, p in self.parameters.items() if packed}
 
 
 def _unpack(bits: np.ndarray, weight: Tensor) -> Tensor:

@@ -5,6 +5,13 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .formats import is_own, library_of, loading_code
+
+HUB_LIBRARIES = {
+    "transformers": "transformers",
+    "timm": "timm",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
 TAGS = ("hf_bimp", "pruned", "sparse", "generated_from_trainer")
 
 
@@ -30,7 +37,7 @@ def write_model_card(
     data = ModelCardData(
         language=language,
         license=license,
-        library_name="transformers" if isinstance(trainer.model, PreTrainedModel) else None,
+        library_name=HUB_LIBRARIES.get(library_of(trainer.model)),
         tags=[*TAGS, *(tag for tag in _as_list(tags) if tag not in TAGS)],
         base_model=base_model,
         datasets=_as_list(dataset_tags) or None,
@@ -99,19 +106,22 @@ def _sections(trainer, results: dict | None) -> list[str]:
         *("## Results", _metrics_table(results)),
         *("## How it was pruned", _plan_rows(results)),
         *sections,
-        "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one.",
+        "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one."
+        + _shrinking(trainer),
         *("## Training", _hyperparameters(trainer.args, results)),
     ]
 
 
 def _loading(trainer) -> str:
-    if isinstance(trainer.model, PreTrainedModel):
-        cls = type(trainer.model).__name__
-        where = trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir
-        code = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{where}")'
-    else:
-        code = 'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("model.safetensors"))'
-    return f"It is a plain checkpoint and needs no hf_bimp:\n\n```python\n{code}\n```"
+    where = trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir
+    needs = "only its architecture from hf_bimp" if is_own(trainer.model) else "no hf_bimp"
+    return f"It is a plain checkpoint and needs {needs}:\n\n```python\n{loading_code(trainer.model, where)}\n```"
+
+
+def _shrinking(trainer) -> str:
+    if trainer.args.granularity != "filter":
+        return ""
+    return " `hf_bimp.shrink(model, example_inputs)` removes its zero filters and gives a smaller dense model."
 
 
 def _table(header: list[str], rows: list[list]) -> str:
@@ -127,10 +137,19 @@ def _metrics_table(results: dict) -> str:
 
 
 def _plan_rows(results: dict) -> str:
-    header = ["cycle", "pruned before step", "sparsity", "threshold", "d1", "d2", "peak learning rate"]
+    keys = ("threshold", "distance", "d1", "d2", "retrain_peak")
+    header = [
+        "cycle",
+        "pruned before step",
+        "sparsity",
+        "threshold",
+        "\\|\\|W - W_p\\|\\|",
+        "d1",
+        "d2",
+        "peak learning rate",
+    ]
     rows = [
-        [p["cycle"], p["step"], f"{p['sparsity']:.2%}"]
-        + [f"{p[key]:.4g}" if key in p else "-" for key in ("threshold", "d1", "d2", "retrain_peak")]
+        [p["cycle"], p["step"], f"{p['sparsity']:.2%}"] + [f"{p[key]:.4g}" if key in p else "-" for key in keys]
         for p in results["prunings"]
     ]
     return f"{results['plan']['total_steps']} optimizer steps in all.\n\n" + _table(header, rows)

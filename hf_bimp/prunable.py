@@ -16,10 +16,16 @@ PRUNABLE_MODULES = (nn.Linear, _ConvNd, Conv1D)
 
 @dataclass(frozen=True)
 class PrunableWeights:
-    """`weights`: the prunable parameters by name, sorted; `dense_names`: weight matrices that stay dense."""
+    """`weights`: the prunable parameters by name, sorted; `dense_names`: weight matrices that stay dense.
+
+    `first_convolution` and `last_linear` are the names of the weights of the model's first convolution and last
+    linear layer, in the order of its modules; None where there is no such layer, or it is not prunable.
+    """
 
     weights: dict[str, nn.Parameter]
     dense_names: tuple[str, ...]
+    first_convolution: str | None
+    last_linear: str | None
 
 
 def find_prunable(
@@ -54,7 +60,15 @@ def find_prunable(
         )
     _check_tensors(prunable)
     dense = [n for n, p in named if p.ndim > 1 and id(p) not in weights | embeddings]
-    return PrunableWeights(prunable, tuple(dense))
+    names = {id(parameter): name for name, parameter in prunable.items()}
+    convolutions = [m for m in layers.values() if isinstance(m, _ConvNd)]
+    linears = [m for m in layers.values() if isinstance(m, nn.Linear)]
+    return PrunableWeights(
+        prunable,
+        tuple(dense),
+        first_convolution=names.get(id(convolutions[0].weight)) if convolutions else None,
+        last_linear=names.get(id(linears[-1].weight)) if linears else None,
+    )
 
 
 def _matching(layers: dict[str, nn.Module], patterns: Sequence[str] | None, argument: str) -> set[str]:

@@ -11,6 +11,7 @@ from .schedules import ADAPTIVE
 
 RESULTS_NAME = "bimp_results.json"
 PLOT_NAME = "bimp_run.png"
+LAYERS_PLOT_NAME = "bimp_layers.png"
 _NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")
 
 logger = logging.get_logger(__name__)
@@ -28,8 +29,11 @@ def _metrics(entry: dict, prefix: str) -> dict[str, float]:
     }
 
 
-def plan_table(method: IterativeMagnitudePruning, unit: float, dense_names: tuple[str, ...]) -> str:
-    """The plan as text: a row a phase with its steps, its sparsity and the largest learning rate."""
+def plan_table(method: IterativeMagnitudePruning, unit: float, dense: dict[str, str]) -> str:
+    """The plan as text: a row a phase with its steps, its sparsity and the largest learning rate.
+
+    `dense` names the weight matrices that stay dense, each with the reason (or "").
+    """
     plan, rows = method.plan, [("phase", "steps", "sparsity", "peak learning rate")]
     for phase in plan.phases:
         if phase.cycle == 0:
@@ -52,8 +56,9 @@ def plan_table(method: IterativeMagnitudePruning, unit: float, dense_names: tupl
         lines.append(
             f"{frozen} of these tensors are frozen: pruned, but never retrained. skip_modules leaves them out."
         )
-    if dense_names:
-        shown = ", ".join(dense_names[:8]) + (f" and {len(dense_names) - 8} more" if len(dense_names) > 8 else "")
+    if dense:
+        named = [f"{name} ({reason})" if reason else name for name, reason in dense.items()]
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
         lines.append(f"Weight matrices that stay dense (embeddings aside): {shown}")
     return "\n".join(lines)
 
@@ -73,6 +78,11 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
         "final": final,
         "pruning_stability": _stability(prunings[-1]) if prunings else {},
         "sparsity": sparsities(trainer),
+        "theoretical_speedup": trainer.theoretical_speedup(),
+        "collapsed_layers": method.masks.collapsed,
+        "allocation": settings["allocation"] or ("global" if settings["granularity"] == "weight" else "uniform"),
+        "criterion": settings["criterion"],
+        "granularity": settings["granularity"],
         "throughput": _last(log, "train_samples_per_second", "train_steps_per_second", "train_runtime"),
         "seed": trainer.args.seed,
         "num_processes": trainer.args.world_size,
@@ -157,6 +167,23 @@ def write_plot(directory: str, results: dict, log: list[dict], method: Iterative
     for axis in (rate, sparsity, metric):
         axis.grid(alpha=0.3)
     figure.savefig(Path(directory) / PLOT_NAME, dpi=120)
+
+
+def write_layer_plot(directory: str, results: dict) -> None:
+    """The sparsity of every layer as horizontal bars, in the order of their names, as one PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # write_plot says so
+    layers = results["sparsity"]["per_layer"]
+    figure = Figure(figsize=(8, 1.5 + 0.16 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(list(layers), [100 * share for share in layers.values()], color="tab:orange")
+    axis.axvline(100 * results["sparsity"]["prunable"], color="black", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="sparsity (%), dashed: of all prunable weights", xlim=(0, 100), ylim=(len(layers) - 0.5, -0.5))
+    axis.tick_params(axis="y", labelsize=6)
+    axis.grid(alpha=0.3, axis="x")
+    figure.savefig(Path(directory) / LAYERS_PLOT_NAME, dpi=120)
 
 
 def _metric_points(log: list[dict], name: str) -> list[tuple[int, float]]:

@@ -16,14 +16,16 @@ from .arguments import BIMPArguments
 from .callback import PruningCallback, ReportingCallback
 from .checks import check_devices, check_model, check_optimizer, check_scheduler
 from .dense import DenseHistory
-from .evaluation import metrics_before_pruning, pruning_metrics, train_accuracy
-from .masks import Masks
-from .methods import IterativeMagnitudePruning, Pruning
+from .evaluation import example_inputs, metrics_before_pruning, pruning_metrics, train_accuracy, try_to_count
+from .formats import write_config
+from .methods import IterativeMagnitudePruning, LayerCollapseError, Pruning
 from .model_card import write_model_card
 from .plan import Plan, make_plan
 from .prunable import find_prunable
-from .report import collect_results, final_metrics, plan_table, write_plot, write_results
+from .report import collect_results, final_metrics, plan_table, write_layer_plot, write_plot, write_results
 from .scheduler import PlannedScheduler
+from .speedup import MultiplyAdds
+from .targets import make_masks
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +42,9 @@ class BIMPTrainer(Trainer):
     _history: DenseHistory | None = None  # of the dense phase, planned or long past
     _recorded: DenseHistory | None = None  # what checkpoints tell later runs
     _trial = None  # of a hyperparameter search
+    is_measuring = False  # whether metrics around a pruning are being taken
     ignore_keys_for_eval: list[str] | None = None  # as given to train()
+    _multiply_adds: MultiplyAdds | None = None  # of one pass over two training items
     results: dict | None = None  # of the finished run, as in bimp_results.json
 
     def __init__(self, *args, **kwargs):
@@ -103,8 +107,16 @@ class BIMPTrainer(Trainer):
         """Makes the plan, the method and the scheduler that follows them."""
         args = self.args
         args.validate()
-        found = find_prunable(self.model, args.prune_modules, args.skip_modules)
-        masks, self._dense_names = Masks(found.weights), found.dense_names
+        masks, self._dense = make_masks(
+            self.model,
+            partial(example_inputs, self),
+            args.granularity,
+            args.allocation,
+            args.criterion,
+            args.seed,
+            args.prune_modules,
+            args.skip_modules,
+        )
         if args.keep_zeros:
             masks.keep_zeros()
             if masks.num_pruned == 0:
@@ -118,6 +130,7 @@ class BIMPTrainer(Trainer):
         plan = make_plan(
             num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
         )
+        masks.check_reachable(plan.sparsities)
         zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
         if plan.num_cycles and not args.keep_zeros and not self._resumed and zeros > 0.05:
             logger.warning(
@@ -185,9 +198,10 @@ class BIMPTrainer(Trainer):
         )
 
     def announce_run(self) -> None:
-        """Prints the plan, and what a resumed run cannot promise."""
+        """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
+        self._multiply_adds = try_to_count(self)
         if self.is_world_process_zero():
-            print(plan_table(self.method, self.base_learning_rate, self._dense_names), flush=True)
+            print(plan_table(self.method, self.base_learning_rate, self._dense), flush=True)
         if self._resumed and not float(self.state.epoch or 0).is_integer():
             what = "Items that draw random numbers (augmentation) come out differently than without the interruption"
             if self.args.train_sampling_strategy == "group_by_length":
@@ -218,11 +232,32 @@ class BIMPTrainer(Trainer):
         before = metrics_before_pruning(self)
         pruning = self.method.prune(self.optimizer)
         self._check_ranks_agree(pruning)
+        self._report_collapse(pruning)
         record = {
             f"prune_{key}": value for key, value in asdict(pruning).items() if key != "step" and value is not None
         }
         record["prune_retrain_peak"] = pruning.retrain_peak * self.base_learning_rate
+        if (speedup := self.theoretical_speedup()) is not None:
+            record["prune_theoretical_speedup"] = speedup
         self.log(record | before | pruning_metrics(self, "after_prune"))
+
+    def _report_collapse(self, pruning: Pruning) -> None:
+        if not (collapsed := self.method.masks.collapsed):
+            return
+        message = (
+            f"Layer collapse: pruning {pruning.cycle} to {pruning.sparsity:.2%} left nothing of {', '.join(collapsed)}. "
+            "Use more cycles, a lower target_sparsity, another allocation (uniform, erk), or skip_modules."
+        )
+        if self.args.on_collapse == "raise":
+            raise LayerCollapseError(message)
+        logger.warning(message)
+
+    def theoretical_speedup(self) -> float | None:
+        """Multiply-adds of the dense model over those of the model as it is; None where they cannot be counted."""
+        if self._multiply_adds is None:
+            return None
+        weights = self.method.masks.weights
+        return self._multiply_adds.speedup({n: int(w.count_nonzero()) / w.numel() for n, w in weights.items()})
 
     def _check_ranks_agree(self, pruning: Pruning) -> None:
         if self.accelerator.num_processes == 1:
@@ -269,6 +304,11 @@ class BIMPTrainer(Trainer):
         # Before the last pruning nothing is best. EarlyStoppingCallback waits too: its patience starts with a best.
         return self.method.is_complete and super()._determine_best_metric(metrics, trial)
 
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        if self.is_measuring:
+            description = "Measuring a pruning"  # under "Prediction" Trainer would keep every batch's predictions
+        return super().evaluation_loop(dataloader, description, *args, **kwargs)
+
     # ---- Saving and resuming ----
 
     def run_settings(self) -> dict:
@@ -283,6 +323,10 @@ class BIMPTrainer(Trainer):
             "dense_schedule": history and asdict(history),
             "keep_zeros": args.keep_zeros,
             "learning_rate": self.base_learning_rate if history is None else None,
+            "granularity": args.granularity,
+            "allocation": args.allocation,
+            "criterion": args.criterion,
+            "random_seed": args.seed if args.criterion == "random" else None,
             "prune_modules": args.prune_modules,
             "skip_modules": args.skip_modules,
         }
@@ -292,6 +336,8 @@ class BIMPTrainer(Trainer):
         if self.args.should_save:
             ckpt.forget_completion(output_dir)
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_config(self.model, Path(output_dir))
         if self.args.should_save and self.method is not None:
             is_dense_over = self.state.global_step >= self.plan.dense_steps or self._recorded is not self._history
             history = self._recorded if is_dense_over else None
@@ -329,6 +375,7 @@ class BIMPTrainer(Trainer):
         self.results = collect_results(self, self._final_metrics())
         if self.is_world_process_zero():
             write_results(directory, self.results)
+            write_layer_plot(directory, self.results)
             write_plot(directory, self.results, self.state.log_history, self.method, self.base_learning_rate)
 
     def _final_metrics(self) -> dict[str, float]:

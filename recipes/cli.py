@@ -37,3 +37,8 @@ def _read(path: Path) -> dict[str, Any]:
         sys.exit(f"{path}: no such config file; the project's own are in {CONFIGS}")
     text = path.read_text(encoding="utf-8")
     return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+
+
+def parse_config(dataclass_types: tuple[type, ...], config: dict[str, Any]) -> tuple[Any, ...]:
+    """Instances of the dataclasses from a dict, for recipes that call other recipes."""
+    return HfArgumentParser(dataclass_types).parse_dict(config)

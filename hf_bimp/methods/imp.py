@@ -25,22 +25,29 @@ from ..schedules import (
 class Pruning:
     """What pruning `cycle` (1..J) before optimizer step `step` did.
 
-    `sparsity` is the share of pruned weights that it reached, `threshold` the largest magnitude that it removed, `d1`
-    its impact, `d2` the relative length of the retraining (None without a dense history), and `retrain_peak` the
-    largest learning rate of the cycle, in the unit of the caller's rates.
+    `sparsity` is the share of pruned weights that it reached, `threshold` the largest magnitude that it removed,
+    `distance` ||W - W_p||_2 over the prunable weights, `d1` its impact, `d2` the relative length of the retraining
+    (None without a dense history), and `retrain_peak` the largest learning rate of the cycle, in the unit of the
+    caller's rates. `collapsed_layers` counts the weights that have nothing left.
     """
 
     cycle: int
     step: int
     sparsity: float
     threshold: float
+    distance: float
     d1: float
     d2: float | None
     retrain_peak: float
+    collapsed_layers: int
+
+
+class LayerCollapseError(RuntimeError):
+    """A pruning left a layer without any weight, and `on_collapse` is "raise"."""
 
 
 class IterativeMagnitudePruning:
-    """Prunes globally by magnitude where the plan says so and gives the learning rate of every step.
+    """Prunes where the plan says so, as the masks' rule does, and gives the learning rate of every step.
 
     Args:
         plan: when to prune and how far.
@@ -137,7 +144,17 @@ class IterativeMagnitudePruning:
         d = discount(self.schedule, d1, d2)
         peak = retrain_peak(self.schedule, phase.steps, self.eta_1, self.dense, d, self.tuned_rate)
         self.peaks.append(peak)
-        return Pruning(phase.cycle, phase.start, self.masks.sparsity, selection.threshold, d1, d2, peak)
+        return Pruning(
+            cycle=phase.cycle,
+            step=phase.start,
+            sparsity=self.masks.sparsity,
+            threshold=selection.threshold,
+            distance=selection.removed_norm,
+            d1=d1,
+            d2=d2,
+            retrain_peak=peak,
+            collapsed_layers=len(self.masks.collapsed),
+        )
 
     def edit_gradients(self) -> None:
         self.masks.mask_gradients()

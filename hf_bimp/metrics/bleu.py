@@ -1,4 +1,4 @@
-"""Metrics as `evaluate.Metric`s that need no download."""
+"""BLEU by sacrebleu."""
 
 import datasets
 import evaluate

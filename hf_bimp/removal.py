@@ -1,0 +1,87 @@
+"""Taking channels out of a model, zeroed or removed, and comparing what models put out."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.pruner.function import PrunerBox
+from transformers.pytorch_utils import Conv1D
+
+from .tracing import CONV1D_PRUNER, FilterGroup, Inputs, call
+
+TOLERANCE = 1e-4  # largest difference of outputs that count as equal, relative to their largest magnitude
+
+Choice = tuple[FilterGroup, Tensor]  # a group and int64 (n,): those of its channels to take out
+
+
+def zero_filters(model: nn.Module, group: FilterGroup) -> Tensor:
+    """int64 (n,): the channels of `group` that are wholly zero, biases and norms included."""
+    parameters = dict(model.named_parameters())
+    zero = torch.ones(group.size, dtype=torch.bool)
+    for rows in (*group.weights, *group.attached):
+        is_zero = (parameters[rows.name].detach() == 0).movedim(rows.dim, 0).cpu()
+        empty = is_zero.reshape(len(is_zero), -1).all(1)
+        zero &= empty[rows.index].view(group.size, -1).all(1)
+    return zero.nonzero().flatten()
+
+
+@torch.no_grad()
+def zero_channels(model: nn.Module, choices: Iterable[Choice]) -> None:
+    """Zeroes whatever makes the chosen channels anything but zero."""
+    parameters = dict(model.named_parameters())
+    for group, channels in choices:
+        for rows in (*group.weights, *group.attached):
+            parameter = parameters[rows.name]
+            parameter.index_fill_(rows.dim, rows.index[channels].flatten().to(parameter.device), 0)
+
+
+def remove_channels(model: nn.Module, choices: Iterable[Choice]) -> None:
+    """Removes the chosen channels in place, those of each layer at once."""
+    removed: dict[tuple[str, bool], set[int]] = defaultdict(set)
+    for group, channels in choices:
+        for read, all_rows in ((False, (*group.weights, *group.attached)), (True, group.readers)):
+            for rows in all_rows:
+                layer, _, parameter = rows.name.rpartition(".")
+                if parameter == "weight":  # biases go with the weights
+                    removed[layer, read].update(rows.index[channels].flatten().tolist())
+    for (name, read), places in removed.items():
+        layer = model.get_submodule(name)
+        trained = {kind: parameter.requires_grad for kind, parameter in layer.named_parameters()}
+        pruner = CONV1D_PRUNER if isinstance(layer, Conv1D) else PrunerBox[tp.ops.module2type(layer)]
+        (pruner.prune_in_channels if read else pruner.prune_out_channels)(layer, sorted(places))
+        for kind, parameter in layer.named_parameters():  # torch-pruning puts new ones in their place
+            parameter.requires_grad_(trained[kind])
+
+
+def cpu_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32 and evaluation mode: neither TF32 nor half precision blurs its outputs."""
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def cpu_inputs(inputs: Inputs) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.detach().cpu().float() if inputs.is_floating_point() else inputs.cpu()
+    if isinstance(inputs, Mapping):
+        return {name: cpu_inputs(value) for name, value in inputs.items()}
+    return tuple(cpu_inputs(value) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
+
+
+def output_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    """The largest difference between the outputs of two models, relative to the largest magnitude of each output.
+
+    NaN where an output has any, infinite where shapes differ. Raises what the models raise.
+    """
+    differences = [torch.tensor(0.0)]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = call(model, inputs)
+        torch.manual_seed(0)
+        for want, have in zip(expected, call(other, inputs), strict=True):
+            if want.shape != have.shape:
+                return float("inf")
+            scale = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
+            differences.append(((want - have).abs().max() / scale).float())
+    return torch.stack(differences).max().item()

@@ -1,0 +1,152 @@
+"""Prune an image classifier while training it: any model of timm or Transformers, and the paper's CIFAR models.
+
+    accelerate launch recipes/image_classification.py  # offline: scikit-learn's digits, under 2 minutes
+    accelerate launch recipes/image_classification.py recipes/configs/cifar10_resnet56.yaml
+    accelerate launch --mixed_precision bf16 recipes/image_classification.py recipes/configs/imagenet_resnet50.yaml
+
+Any field of `BIMPArguments`, `DataArguments` or `ModelArguments` can be given in the file and overridden on the
+command line; the optimizer is `optim` with `optim_args`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+from cli import parse
+from image_data import DataArguments, ImageTransform, load_images, num_classes
+from timm.data import resolve_model_data_config
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
+from vision import Collate, CrossEntropy, Streamed, Transformed, input_name, name_logits, summary
+
+import hf_bimp.models  # noqa: F401, registers cifar_resnet56 and the like with timm
+from hf_bimp import BIMPArguments, BIMPTrainer
+from hf_bimp.evaluation import predicted_classes
+from hf_bimp.metrics import Accuracy
+from hf_bimp.report import write_results
+
+DEFAULT_CONFIG = "digits_resnet20.yaml"
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train: one of timm's by its name, or a checkpoint of Transformers."""
+
+    timm_model: str | None = field(
+        default=None,
+        metadata={"help": "Name in timm (resnet50, cifar_resnet56), or local-dir:FOLDER of a saved one."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "In its place: a checkpoint for AutoModelForImageClassification."}
+    )
+    config_only: bool = field(
+        default=False, metadata={"help": "Take only the checkpoint's configuration: train from scratch."}
+    )
+    pretrained: bool = field(default=False, metadata={"help": "Start from timm's pretrained weights."})
+    model_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'More arguments of timm.create_model, as JSON: {"drop_path_rate": 0.1}.'}
+    )
+    channels: int = field(default=3, metadata={"help": "Of the images: 3, or 1 for grey ones."})
+    image_size: int | None = field(default=None, metadata={"help": "Height and width; by default the model's."})
+
+    def __post_init__(self):
+        if isinstance(self.model_kwargs, str):
+            self.model_kwargs = json.loads(self.model_kwargs)
+        if (self.timm_model is None) == (self.model_name_or_path is None):
+            raise ValueError(
+                f"Give either timm_model or model_name_or_path (given: {self.timm_model}, {self.model_name_or_path})."
+            )
+
+
+ARGUMENTS = (DataArguments, ModelArguments, BIMPArguments)
+
+
+def build_model(args: ModelArguments, classes: int) -> nn.Module:
+    if args.timm_model is not None:
+        pretrained = args.pretrained or args.timm_model.startswith("local-dir:")
+        return timm.create_model(
+            args.timm_model,
+            pretrained=pretrained,
+            num_classes=classes,
+            in_chans=args.channels,
+            **(args.model_kwargs or {}),
+        )
+    if args.config_only:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=classes)
+        return AutoModelForImageClassification.from_config(config)
+    return AutoModelForImageClassification.from_pretrained(
+        args.model_name_or_path, num_labels=classes, ignore_mismatched_sizes=True
+    )
+
+
+def input_statistics(args: ModelArguments, model: nn.Module) -> tuple[int, tuple, tuple]:
+    """Image size, mean and standard deviation that the model expects."""
+    if args.timm_model is not None:
+        config = resolve_model_data_config(model)
+        size, mean, std = config["input_size"][-1], config["mean"], config["std"]
+    else:
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        size = processor.size.get("height") or processor.size["shortest_edge"]
+        mean, std = processor.image_mean, processor.image_std
+    if args.channels == 1 and len(mean) == 3:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    return args.image_size or size, tuple(mean), tuple(std)
+
+
+def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
+    """One whole run; what `bimp_results.json` holds in the end."""
+    set_seed(args.seed)
+    data = load_images(data_args)
+    model = name_logits(build_model(model_args, num_classes(data)))
+    statistics = input_statistics(model_args, model)
+    if model_args.timm_model is not None:  # the saved model's configuration tells how to prepare its images
+        size, mean, std = statistics
+        model.pretrained_cfg |= {"input_size": (model_args.channels, size, size), "mean": mean, "std": std}
+    sets = {
+        split: Transformed(
+            rows, ImageTransform(data_args.augmentation, model_args.channels, *statistics, training=split == "train")
+        )
+        for split, rows in data.items()
+    }
+    args.label_names, args.batch_eval_metrics = ["labels"], True
+    trainer = BIMPTrainer(
+        model=model,
+        args=args,
+        train_dataset=sets["train"],
+        eval_dataset=sets["validation"],
+        data_collator=Collate(input_name(model)),
+        compute_loss_func=CrossEntropy(args.label_smoothing_factor),
+        compute_metrics=Streamed(Accuracy()),
+        preprocess_logits_for_metrics=predicted_classes,
+    )
+    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
+    if "test" in sets:
+        test = trainer.evaluate(sets["test"], metric_key_prefix="test")
+        trainer.results["test"] = {name.removeprefix("test_"): value for name, value in test.items()}
+    if trainer.is_world_process_zero():
+        write_results(args.output_dir, trainer.results)
+        print(summary(trainer.results, "accuracy", Path(args.output_dir).absolute()), flush=True)
+    card = {
+        "tasks": "image-classification",
+        "dataset": data_args.dataset_name or "scikit-learn digits",
+        "finetuned_from": model_args.model_name_or_path,
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return trainer.results
+
+
+def main() -> None:
+    data_args, model_args, args = parse(ARGUMENTS, DEFAULT_CONFIG)
+    if data_args.dataset_name is None and args.should_log:
+        print("Using scikit-learn's digits, offline. To prune ResNet-56 on CIFAR-10, run:")
+        print("    accelerate launch recipes/image_classification.py recipes/configs/cifar10_resnet56.yaml")
+    run(data_args, model_args, args)
+
+
+if __name__ == "__main__":
+    main()
