@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VISION = ["torchvision", "timm>=1.0.31", "segmentation-models-pytorch>=0.5", "scikit-learn"]
+
 setup(
     name="hf_bimp",
     version="0.1.0",
@@ -22,12 +24,25 @@ setup(
         "evaluate>=0.4.6",
         "sacrebleu>=2.6",
         "safetensors",
+        "torch-pruning>=1.6",
     ],
     extras_require={
         "plots": ["matplotlib"],
-        "vision": ["torchvision", "timm"],
+        "vision": [*VISION, "matplotlib"],
         "recipes": ["babel", "matplotlib", "tokenizers"],
-        "dev": ["babel", "hypothesis", "matplotlib", "peft", "pytest", "pytest-xdist", "ruff", "tokenizers"],
+        "dev": [
+            *VISION,
+            "babel",
+            "fvcore",
+            "hypothesis",
+            "matplotlib",
+            "peft",
+            "ptflops",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tokenizers",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

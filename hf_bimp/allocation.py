@@ -98,8 +98,8 @@ def _uniform_plus(keep: int, layers: Sequence[Layer]) -> list[Fraction]:
         left = min(max(left, 0), most)
     if left < 0 or (last is not None and quotas[last] < _least_kept(layers[last])):
         raise ValueError(
-            f"allocation='uniform_plus' cannot reach a sparsity of {1 - keep / total:.4f}: the first convolution stays "
-            f"dense and the last fully connected layer is pruned to {float(LAST_LINEAR_LIMIT):.0%} at most, so "
+            f"allocation='uniform_plus' cannot reach a sparsity of {1 - keep / total:.4f}: the first convolution "
+            f"stays dense and the last fully connected layer is pruned to {float(LAST_LINEAR_LIMIT):.0%} at most, so "
             f"{max_sparsity('uniform_plus', layers):.4f} is the maximum here. Lower target_sparsity, or use another "
             "allocation."
         )

@@ -31,8 +31,8 @@ def check_rule(granularity: str, allocation: str | None, criterion: str) -> None
         raise ValueError(f"allocation={allocation!r} is none of {', '.join(ALLOCATIONS)}.")
     if granularity != "weight" and allocation not in (None, "uniform"):
         raise ValueError(
-            f"allocation={allocation!r} with granularity={granularity!r}: filters and n:m take the same share of every "
-            "layer. Leave allocation out, or use granularity='weight'."
+            f"allocation={allocation!r} with granularity={granularity!r}: filters and n:m take the same share of "
+            "every layer. Leave allocation out, or use granularity='weight'."
         )
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r} is none of {', '.join(CRITERIA)}.")

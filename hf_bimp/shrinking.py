@@ -47,8 +47,8 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     choices = [(group, channels) for group, channels in choices if len(channels)]
     if not choices:
         raise ValueError(
-            f"{type(model).__name__} has no filter that can be removed: in none of its {len(groups)} groups of coupled "
-            'filters is any wholly zero, with its biases and batch norms. Train with granularity="filter".'
+            f"{type(model).__name__} has no filter that can be removed: none in its {len(groups)} groups of coupled "
+            'filters is wholly zero, with its biases and batch norms. Train with granularity="filter".'
         )
     small = copy.deepcopy(model)
     small.zero_grad()
@@ -73,14 +73,14 @@ def save_shrunk(model: nn.Module, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SHRUNK_NAME).unlink(missing_ok=True)  # its presence says that everything else is whole
     origin = _write_config(model, directory)
-    dense = origin and _build(origin, directory)
-    if dense and list(dense.state_dict()) != list(model.state_dict()):
+    dense = None if origin is None else _build(origin, directory)
+    if dense is not None and list(dense.state_dict()) != list(model.state_dict()):
         logger.warning(
             f"{type(model).__name__} was changed after it was made, so that its config does not describe it. Load it "
             f"with load_shrunk({str(directory)!r}, model), where model is the dense architecture."
         )
         origin = dense = None
-    widths, before = _widths(model), _widths(dense) if dense else {}
+    widths, before = _widths(model), {} if dense is None else _widths(dense)
     save_model(model, str(directory / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
     content = {
         "origin": origin,
@@ -152,7 +152,7 @@ def _resize(model: nn.Module, widths: dict[str, dict[str, int]], weights: Path) 
 def _write_config(model: nn.Module, directory: Path) -> dict[str, str] | None:
     """Writes the architecture before shrinking in its library's own format, and returns how to read it."""
     name = type(model).__name__
-    if isinstance(model, transformers.PreTrainedModel) and name in dir(transformers):
+    if isinstance(model, transformers.PreTrainedModel) and type(model).__module__.startswith("transformers."):
         model.config.save_pretrained(directory)
         if model.can_generate():
             model.generation_config.save_pretrained(directory)

@@ -245,8 +245,9 @@ class BIMPTrainer(Trainer):
         if not (collapsed := self.method.masks.collapsed):
             return
         message = (
-            f"Layer collapse: pruning {pruning.cycle} to {pruning.sparsity:.2%} left nothing of {', '.join(collapsed)}. "
-            "Use more cycles, a lower target_sparsity, another allocation (uniform, erk), or skip_modules."
+            f"Layer collapse: pruning {pruning.cycle} to {pruning.sparsity:.2%} left nothing of "
+            f"{', '.join(collapsed)}. Use more cycles, a lower target_sparsity, another allocation (uniform, erk), or "
+            "skip_modules."
         )
         if self.args.on_collapse == "raise":
             raise LayerCollapseError(message)

@@ -74,7 +74,9 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 def table(study: dict, results: dict[str, list[tuple[dict, list[dict]]]], dense: list[dict]) -> str:
     metric = study["metric"]
     score = mean_and_deviation([100 * r[study["final"]][metric] for r in dense], 2)
-    lines = [f"Dense: {score} % {study['final']} {metric}, {dense[0]['plan']['total_steps']} steps, {len(dense)} seeds."]
+    lines = [
+        f"Dense: {score} % {study['final']} {metric}, {dense[0]['plan']['total_steps']} steps, {len(dense)} seeds."
+    ]
     for name, rows in results.items():
         if not rows:
             continue
@@ -98,7 +100,9 @@ def main() -> None:
     study["common"] = {k: v for k, v in base.items() if k not in pruning_keys} | study.get("overrides", {}) | given
     recipe = importlib.import_module(study["recipe"])
     output_dir = args.output_dir.absolute()
-    dense_config = study["common"] | study["dense"] | {"method": "dense", "save_strategy": "steps", "save_steps": 10**9}
+    dense_config = (
+        study["common"] | study["dense"] | {"method": "dense", "save_strategy": "steps", "save_steps": 10**9}
+    )
     results = {name: [(choice, []) for choice in combinations(grid)] for name, grid in study["grids"].items()}
     total = len(study["seeds"]) * (1 + sum(map(len, results.values())))
     with tqdm(total=total, unit="run") as progress:

@@ -112,7 +112,7 @@ def test_fused_experts_by_hand(experts: str) -> None:
     model = MixtralForCausalLM(MixtralConfig(**size, experts_implementation=experts))
     counts = count_multiply_adds(model, SOURCE)
     router_and_experts = 10 * (8 * 3 + 2 * 3 * 8 * 16)  # two experts a token, of three matrices each
-    attention = 2 * 2 * 5 * 5 * 8 + 2 * 4 * 4 // 2  # rotations too: a product of frequencies (2) and positions (5)
+    attention = 2 * 2 * 5 * 5 * 8
     assert counts.total - sum(counts.per_weight.values()) - router_and_experts == attention
 
 

@@ -1,0 +1,151 @@
+"""Prune a semantic segmentation model while training it: any of segmentation-models-pytorch or Transformers.
+
+    accelerate launch recipes/semantic_segmentation.py  # offline: scikit-learn's digits, about 2 minutes
+    accelerate launch recipes/semantic_segmentation.py recipes/configs/camvid_pspnet.yaml --dataset_name path/to/camvid
+    accelerate launch --mixed_precision bf16 recipes/semantic_segmentation.py recipes/configs/cityscapes_pspnet.yaml
+
+Any field of `BIMPArguments`, `DataArguments` or `ModelArguments` can be given in the file and overridden on the
+command line; the optimizer is `optim` with `optim_args`. Metrics are taken at `image_size`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+from cli import parse
+from segmentation_data import DataArguments, SegmentationTransform, load_segmentations
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, set_seed
+from vision import Collate, CrossEntropy, Streamed, Transformed, input_name, name_logits, summary
+
+from hf_bimp import BIMPArguments, BIMPTrainer
+from hf_bimp.evaluation import predicted_classes
+from hf_bimp.metrics import MeanIoU
+from hf_bimp.report import write_results
+
+DEFAULT_CONFIG = "segmentation_sample.yaml"
+LOCAL = "local-dir:"
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train: an architecture of segmentation-models-pytorch, or a checkpoint of Transformers."""
+
+    smp_architecture: str | None = field(
+        default=None,
+        metadata={"help": "Class of segmentation_models_pytorch (PSPNet), or local-dir:FOLDER of a saved model."},
+    )
+    encoder_name: str = field(default="resnet18", metadata={"help": "Its encoder (backbone): resnet50, tu-convnext."})
+    encoder_weights: str | None = field(
+        default=None, metadata={"help": "Pretrained weights of the encoder: imagenet. By default none."}
+    )
+    model_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'More arguments of smp.create_model, as JSON: {"psp_dropout": 0.1}.'}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "In its place: a checkpoint for AutoModelForSemanticSegmentation."}
+    )
+    config_only: bool = field(
+        default=False, metadata={"help": "Take only the checkpoint's configuration: train from scratch."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.model_kwargs, str):
+            self.model_kwargs = json.loads(self.model_kwargs)
+        if (self.smp_architecture is None) == (self.model_name_or_path is None):
+            raise ValueError(
+                "Give either smp_architecture or model_name_or_path "
+                f"(given: {self.smp_architecture}, {self.model_name_or_path})."
+            )
+
+
+ARGUMENTS = (DataArguments, ModelArguments, BIMPArguments)
+
+
+def build_model(args: ModelArguments, classes: int) -> nn.Module:
+    if args.smp_architecture is not None:
+        if args.smp_architecture.startswith(LOCAL):
+            # All weights are in the folder: an encoder's pretrained ones need not be downloaded first.
+            return smp.from_pretrained(
+                args.smp_architecture.removeprefix(LOCAL), encoder_weights=None, classes=classes
+            )
+        return smp.create_model(
+            args.smp_architecture,
+            args.encoder_name,
+            encoder_weights=args.encoder_weights,
+            classes=classes,
+            **(args.model_kwargs or {}),
+        )
+    if args.config_only:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=classes)
+        return AutoModelForSemanticSegmentation.from_config(config)
+    return AutoModelForSemanticSegmentation.from_pretrained(
+        args.model_name_or_path, num_labels=classes, ignore_mismatched_sizes=True
+    )
+
+
+def input_statistics(args: ModelArguments) -> tuple[tuple, tuple]:
+    """Mean and standard deviation that the model expects: those of its pretraining, by default ImageNet's."""
+    mean, std = None, None
+    if args.model_name_or_path is not None:
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    elif args.encoder_weights is not None:  # asks the Hub, as the weights do
+        expected = smp.encoders.get_preprocessing_params(args.encoder_name, args.encoder_weights)
+        mean, std = expected["mean"], expected["std"]
+    return tuple(mean or IMAGENET_DEFAULT_MEAN), tuple(std or IMAGENET_DEFAULT_STD)
+
+
+def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
+    """One whole run; what `bimp_results.json` holds in the end."""
+    set_seed(args.seed)
+    data = load_segmentations(data_args)
+    model = name_logits(build_model(model_args, data_args.num_classes))
+    statistics = input_statistics(model_args)
+    sets = {
+        split: Transformed(rows, SegmentationTransform(data_args, *statistics, training=split == "train"))
+        for split, rows in data.items()
+    }
+    args.label_names, args.batch_eval_metrics = ["labels"], True
+    trainer = BIMPTrainer(
+        model=model,
+        args=args,
+        train_dataset=sets["train"],
+        eval_dataset=sets["validation"],
+        data_collator=Collate(input_name(model)),
+        compute_loss_func=CrossEntropy(args.label_smoothing_factor),
+        compute_metrics=Streamed(MeanIoU(data_args.num_classes)),
+        preprocess_logits_for_metrics=predicted_classes,
+    )
+    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
+    if "test" in sets:
+        test = trainer.evaluate(sets["test"], metric_key_prefix="test")
+        trainer.results["test"] = {name.removeprefix("test_"): value for name, value in test.items()}
+    if trainer.is_world_process_zero():
+        write_results(args.output_dir, trainer.results)
+        print(summary(trainer.results, "miou", Path(args.output_dir).absolute()), flush=True)
+    card = {
+        "tasks": "image-segmentation",
+        "dataset": data_args.dataset_name or "scikit-learn digits",
+        "finetuned_from": model_args.model_name_or_path,
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return trainer.results
+
+
+def main() -> None:
+    data_args, model_args, args = parse(ARGUMENTS, DEFAULT_CONFIG)
+    if data_args.dataset_name is None and args.should_log:
+        print("Using scikit-learn's digits, offline. To prune PSPNet on CityScapes, run:")
+        print("    accelerate launch recipes/semantic_segmentation.py recipes/configs/cityscapes_pspnet.yaml")
+    run(data_args, model_args, args)
+
+
+if __name__ == "__main__":
+    main()
