@@ -5,6 +5,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -77,6 +80,26 @@ def find_dense_history(name_or_path: str) -> DenseHistory | None:
         return None
     history = path and json.loads(Path(path).read_text(encoding="utf-8"))["dense_history"]
     return DenseHistory(**history) if history else None
+
+
+def weights_under_other_names(model: nn.Module, checkpoint: str) -> dict[str, Tensor] | None:
+    """The state dict of a saved Transformers model whose file has other names than the model; None for others.
+
+    Transformers writes some models (Segformer) under the names that the Hub knows. `from_pretrained` translates them
+    back, and `Trainer` does not when it resumes: it would go on with the weights that it was given.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    index = Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    else:
+        with safe_open(Path(checkpoint) / SAFE_WEIGHTS_NAME, "pt") as file:
+            names = set(file.keys())
+    if names <= model.state_dict().keys():
+        return None
+    saved = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+    return saved.state_dict()
 
 
 def is_complete(checkpoint: Path) -> bool:

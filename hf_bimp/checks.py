@@ -1,10 +1,17 @@
-"""What a BIMP run cannot work with, refused before any training."""
+"""What a BIMP run cannot work with, refused before any training, and what can go wrong at a pruning."""
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Adafactor
 from transformers.trainer_utils import _is_peft_model
+from transformers.utils import logging
+
+from .masks import Masks
+from .methods import LayerCollapseError, Pruning
+
+logger = logging.get_logger(__name__)
 
 # The classes behind arguments.TESTED_OPTIMIZERS, for optimizers that are passed by hand.
 TESTED_CLASSES = (
@@ -65,3 +72,30 @@ def check_devices(n_gpu: int, is_fsdp: bool, is_deepspeed: bool) -> None:
             "DeepSpeed and FSDP are not supported: they keep or shard weights where a mask would not reach them. "
             "Choose plain multi-GPU (DDP) in `accelerate config`."
         )
+
+
+def check_ranks_agree(accelerator: Accelerator, masks: Masks, pruning: Pruning) -> None:
+    """Raises `RuntimeError` where the processes did not prune the same weights."""
+    if accelerator.num_processes == 1:
+        return
+    mine = torch.tensor([masks.checksum(), pruning.d1], dtype=torch.float64, device=accelerator.device)
+    everyone = accelerator.gather(mine).view(-1, len(mine))
+    if not torch.equal(everyone, mine.expand_as(everyone)):
+        raise RuntimeError(
+            f"The processes prune differently in cycle {pruning.cycle} (mask checksum, d1 by rank: "
+            f"{everyone.tolist()}): their weights had drifted apart. Check that each process starts from the same "
+            "weights and that nothing updates them outside of the optimizer."
+        )
+
+
+def report_collapse(masks: Masks, pruning: Pruning, on_collapse: str) -> None:
+    """Warns of layers that a pruning left nothing of, or raises `LayerCollapseError` if `on_collapse` is "raise"."""
+    if not (collapsed := masks.collapsed):
+        return
+    message = (
+        f"Layer collapse: pruning {pruning.cycle} to {pruning.sparsity:.2%} left nothing of {', '.join(collapsed)}. "
+        "Use more cycles, a lower target_sparsity, another allocation (uniform, erk), or skip_modules."
+    )
+    if on_collapse == "raise":
+        raise LayerCollapseError(message)
+    logger.warning(message)

@@ -20,6 +20,16 @@ def library_of(model: nn.Module) -> str | None:
     return "timm" if isinstance(model.__dict__.get("pretrained_cfg"), dict) else None
 
 
+class _Config(dict):
+    """A dict that takes attributes."""
+
+
+def let_trainer_configure(model: nn.Module | None) -> None:
+    """Trainer sets attributes on `model.config`, which segmentation-models-pytorch has as a plain dict."""
+    if model is not None and library_of(model) == "segmentation_models_pytorch":
+        model._hub_mixin_config = _Config(model.config)  # what model.config gives; it cannot be set itself
+
+
 def is_own(model: nn.Module) -> bool:
     """Whether the architecture is one of `hf_bimp.models`, which timm does not know by itself."""
     return type(model).__module__.startswith("hf_bimp.")

@@ -8,24 +8,30 @@ from pathlib import Path
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import checkpoint as ckpt
 from .arguments import BIMPArguments
 from .callback import PruningCallback, ReportingCallback
-from .checks import check_devices, check_model, check_optimizer, check_scheduler
+from .checks import (
+    check_devices,
+    check_model,
+    check_optimizer,
+    check_ranks_agree,
+    check_scheduler,
+    report_collapse,
+)
 from .dense import DenseHistory
-from .evaluation import example_inputs, metrics_before_pruning, pruning_metrics, train_accuracy, try_to_count
-from .formats import write_config
-from .methods import IterativeMagnitudePruning, LayerCollapseError, Pruning
+from .evaluation import metrics_before_pruning, pruning_metrics, train_accuracy, try_to_count
+from .formats import let_trainer_configure, write_config
+from .methods import IterativeMagnitudePruning
 from .model_card import write_model_card
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planning import dense_history, given_history, run_masks, run_plan
 from .prunable import find_prunable
 from .report import collect_results, final_metrics, plan_table, write_layer_plot, write_plot, write_results
 from .scheduler import PlannedScheduler
 from .speedup import MultiplyAdds
-from .targets import make_masks
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +44,7 @@ class BIMPTrainer(Trainer):
     """
 
     method: IterativeMagnitudePruning | None = None
-    _resumed: dict | None = None  # the state of the checkpoint that this run continues
+    resumed: dict | None = None  # the state of the checkpoint that this run continues
     _history: DenseHistory | None = None  # of the dense phase, planned or long past
     _recorded: DenseHistory | None = None  # what checkpoints tell later runs
     _trial = None  # of a hyperparameter search
@@ -47,8 +53,9 @@ class BIMPTrainer(Trainer):
     _multiply_adds: MultiplyAdds | None = None  # of one pass over two training items
     results: dict | None = None  # of the finished run, as in bimp_results.json
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, *args, **kwargs):
+        let_trainer_configure(model)
+        super().__init__(model, *args, **kwargs)
         if not isinstance(self.args, BIMPArguments):
             raise ValueError(
                 f"{type(self).__name__} needs BIMPArguments (BIMPSeq2SeqArguments), which say how much to prune, not "
@@ -94,7 +101,7 @@ class BIMPTrainer(Trainer):
                 f"{resume_from_checkpoint} is no complete checkpoint: its {TRAINER_STATE_NAME}, written last, is "
                 "missing or cut off. Give another one, or resume_from_checkpoint=True for the newest complete one."
             )
-        self._resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
         self.ignore_keys_for_eval, self._trial = ignore_keys_for_eval, trial
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -107,47 +114,14 @@ class BIMPTrainer(Trainer):
         """Makes the plan, the method and the scheduler that follows them."""
         args = self.args
         args.validate()
-        masks, self._dense = make_masks(
-            self.model,
-            partial(example_inputs, self),
-            args.granularity,
-            args.allocation,
-            args.criterion,
-            args.seed,
-            args.prune_modules,
-            args.skip_modules,
-        )
-        if args.keep_zeros:
-            masks.keep_zeros()
-            if masks.num_pruned == 0:
-                raise ValueError(
-                    "keep_zeros=True, but no prunable weight of this model is zero. Load the sparse checkpoint, or "
-                    "leave keep_zeros out to prune a dense model."
-                )
-        # Resumed weights hold the zeros of later prunings too.
-        initial = self._resumed["settings"]["plan"]["initial_sparsity"] if self._resumed else masks.sparsity
-        num_cycles = 0 if args.method == "dense" else args.num_cycles
-        plan = make_plan(
-            num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
-        )
-        masks.check_reachable(plan.sparsities)
-        zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
-        if plan.num_cycles and not args.keep_zeros and not self._resumed and zeros > 0.05:
-            logger.warning(
-                f"{zeros:.1%} of the prunable weights are zero already. Without keep_zeros=True they may grow back "
-                "before they are pruned, at no impact and so at a low learning rate."
-            )
-        if args.retrain_schedule == "acc_allr" and not has_length(self.train_dataset):
-            raise ValueError(
-                "retrain_schedule='acc_allr' measures the accuracy on the whole training set, and this one has no "
-                "length. Use a sized data set, or allr."
-            )
+        masks, self._dense = run_masks(self)
+        plan = run_plan(self, masks, num_training_steps)
         optimizer = self.optimizer if optimizer is None else optimizer
         masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
         base = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
-        self._history = self._dense_history(plan, base)
+        self._history = dense_history(self, plan, base)
         # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
-        self._recorded = self._given_history() if args.keep_zeros and not plan.num_cycles else self._history
+        self._recorded = given_history(self) if args.keep_zeros and not plan.num_cycles else self._history
         dense = self._history and self._history.rates(unit=base)
         self.method = IterativeMagnitudePruning(
             plan,
@@ -163,46 +137,12 @@ class BIMPTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _given_history(self) -> DenseHistory | None:
-        """The dense training that the given model had before this run, where its checkpoint tells."""
-        if self._resumed:
-            saved = self._resumed["dense_history"]
-            return saved and DenseHistory(**saved)
-        return ckpt.find_dense_history(getattr(getattr(self.model, "config", None), "name_or_path", ""))
-
-    def _dense_history(self, plan: Plan, learning_rate: float) -> DenseHistory | None:
-        """The dense phase of this run, or with none in it that of the given model, if it is known."""
-        args = self.args
-        if plan.dense_steps == 0 and args.dense_steps is None:
-            history = self._given_history()
-            if history is not None:
-                logger.warning(
-                    f"The model's checkpoint tells of its dense training: {history}. The retraining refers to it; "
-                    "learning_rate and lr_scheduler_type have no effect on this run. dense_steps would overrule it."
-                )
-            if history is None and args.retrain_schedule in ("allr", "acc_allr"):
-                logger.warning(
-                    f"The dense training of this model is not known, so {args.retrain_schedule} goes by the pruning's "
-                    "impact d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
-                )
-            return history
-        steps = plan.dense_steps or args.dense_steps
-        return DenseHistory(
-            steps=steps,
-            learning_rate=learning_rate,
-            lr_scheduler_type=args.lr_scheduler_type.value,
-            warmup_steps=args.get_warmup_steps(steps),
-            lr_scheduler_kwargs=dict(args.lr_scheduler_kwargs or {}),
-            lr_milestones=args.lr_milestones,
-            lr_gamma=args.lr_gamma,
-        )
-
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
         self._multiply_adds = try_to_count(self)
         if self.is_world_process_zero():
             print(plan_table(self.method, self.base_learning_rate, self._dense), flush=True)
-        if self._resumed and not float(self.state.epoch or 0).is_integer():
+        if self.resumed and not float(self.state.epoch or 0).is_integer():
             what = "Items that draw random numbers (augmentation) come out differently than without the interruption"
             if self.args.train_sampling_strategy == "group_by_length":
                 what = "train_sampling_strategy='group_by_length' shuffles differently after a resume"
@@ -231,8 +171,8 @@ class BIMPTrainer(Trainer):
     def _prune(self) -> None:
         before = metrics_before_pruning(self)
         pruning = self.method.prune(self.optimizer)
-        self._check_ranks_agree(pruning)
-        self._report_collapse(pruning)
+        check_ranks_agree(self.accelerator, self.method.masks, pruning)
+        report_collapse(self.method.masks, pruning, self.args.on_collapse)
         record = {
             f"prune_{key}": value for key, value in asdict(pruning).items() if key != "step" and value is not None
         }
@@ -241,36 +181,12 @@ class BIMPTrainer(Trainer):
             record["prune_theoretical_speedup"] = speedup
         self.log(record | before | pruning_metrics(self, "after_prune"))
 
-    def _report_collapse(self, pruning: Pruning) -> None:
-        if not (collapsed := self.method.masks.collapsed):
-            return
-        message = (
-            f"Layer collapse: pruning {pruning.cycle} to {pruning.sparsity:.2%} left nothing of "
-            f"{', '.join(collapsed)}. Use more cycles, a lower target_sparsity, another allocation (uniform, erk), or "
-            "skip_modules."
-        )
-        if self.args.on_collapse == "raise":
-            raise LayerCollapseError(message)
-        logger.warning(message)
-
     def theoretical_speedup(self) -> float | None:
         """Multiply-adds of the dense model over those of the model as it is; None where they cannot be counted."""
         if self._multiply_adds is None:
             return None
         weights = self.method.masks.weights
         return self._multiply_adds.speedup({n: int(w.count_nonzero()) / w.numel() for n, w in weights.items()})
-
-    def _check_ranks_agree(self, pruning: Pruning) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        mine = torch.tensor([self.method.masks.checksum(), pruning.d1], dtype=torch.float64, device=self.args.device)
-        everyone = self.accelerator.gather(mine).view(-1, len(mine))
-        if not torch.equal(everyone, mine.expand_as(everyone)):
-            raise RuntimeError(
-                f"The processes prune differently in cycle {pruning.cycle} (mask checksum, d1 by rank: "
-                f"{everyone.tolist()}): their weights had drifted apart. Check that each process starts from the same "
-                "weights and that nothing updates them outside of the optimizer."
-            )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -355,11 +271,25 @@ class BIMPTrainer(Trainer):
         # Trainer would do one step too many where the last checkpoint lies within an epoch.
         return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = ckpt.weights_under_other_names(self.model, resume_from_checkpoint)
+        if weights is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.model.load_state_dict(weights)
+
+    def _load_best_model(self):
+        weights = ckpt.weights_under_other_names(self.model, self.state.best_model_checkpoint)
+        if weights is None:
+            super()._load_best_model()
+        else:
+            self.model.load_state_dict(weights)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        ckpt.check_same_settings(checkpoint, self._resumed["settings"], self.run_settings())
+        ckpt.check_same_settings(checkpoint, self.resumed["settings"], self.run_settings())
         super()._load_optimizer_and_scheduler(checkpoint)
         self.method.masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
-        self.method.load_state_dict(self._resumed["progress"])
+        self.method.load_state_dict(self.resumed["progress"])
 
     def finish_run(self) -> None:
         """Saves the final model, measures it where that was not done, and writes results and picture."""

@@ -51,7 +51,7 @@ class DataArguments:
     augmentation: str = field(
         default="flip",
         metadata={
-            "help": "Of training images: flip mirrors half of them; scale_crop_flip also resizes by 0.5 to 2 and crops.",
+            "help": "Of training images: flip mirrors half; scale_crop_flip also resizes by 0.5 to 2 and crops.",
             "choices": AUGMENTATIONS,
         },
     )

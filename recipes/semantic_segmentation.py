@@ -9,10 +9,12 @@ command line; the optimizer is `optim` with `optim_args`. Metrics are taken at `
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
+import torch
 from cli import parse
 from segmentation_data import DataArguments, SegmentationTransform, load_segmentations
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -61,23 +63,29 @@ class ModelArguments:
             )
 
 
+class Config(dict):
+    """The configuration of a model of segmentation-models-pytorch; Trainer sets attributes on configurations."""
+
+
 ARGUMENTS = (DataArguments, ModelArguments, BIMPArguments)
 
 
 def build_model(args: ModelArguments, classes: int) -> nn.Module:
     if args.smp_architecture is not None:
         if args.smp_architecture.startswith(LOCAL):
-            # All weights are in the folder: an encoder's pretrained ones need not be downloaded first.
-            return smp.from_pretrained(
-                args.smp_architecture.removeprefix(LOCAL), encoder_weights=None, classes=classes
+            folder = args.smp_architecture.removeprefix(LOCAL)
+            # The folder has all weights: the encoder's pretrained ones must not be downloaded first.
+            model = smp.from_pretrained(folder, encoder_weights=None, classes=classes)
+        else:
+            model = smp.create_model(
+                args.smp_architecture,
+                args.encoder_name,
+                encoder_weights=args.encoder_weights,
+                classes=classes,
+                **(args.model_kwargs or {}),
             )
-        return smp.create_model(
-            args.smp_architecture,
-            args.encoder_name,
-            encoder_weights=args.encoder_weights,
-            classes=classes,
-            **(args.model_kwargs or {}),
-        )
+        model._hub_mixin_config = Config(model.config)  # model.config gives this, and cannot be set
+        return model
     if args.config_only:
         config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=classes)
         return AutoModelForSemanticSegmentation.from_config(config)
@@ -98,11 +106,29 @@ def input_statistics(args: ModelArguments) -> tuple[tuple, tuple]:
     return tuple(mean or IMAGENET_DEFAULT_MEAN), tuple(std or IMAGENET_DEFAULT_STD)
 
 
+def freeze_unused(model: nn.Module, size: list[int]) -> list[str]:
+    """Freezes what no gradient reaches; the patterns for `skip_modules` of these layers.
+
+    segmentation-models-pytorch builds all stages of an encoder, also those beyond `encoder_depth`: most weights of a
+    PSPNet with encoder_depth=3. Pruned, they would pass for sparsity.
+    """
+    parameters = dict(model.named_parameters())
+    logits = model.eval()(torch.zeros(1, 3, *size))["logits"]
+    gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    layers = {name.rpartition(".")[0] for name in unused if parameters[name].ndim > 1}
+    return [f"^{re.escape(layer)}$" for layer in sorted(layers)]
+
+
 def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
     """One whole run; what `bimp_results.json` holds in the end."""
     set_seed(args.seed)
     data = load_segmentations(data_args)
     model = name_logits(build_model(model_args, data_args.num_classes))
+    if unused := freeze_unused(model, data_args.crop_size or data_args.image_size):
+        args.skip_modules = [*(args.skip_modules or ()), *unused]
     statistics = input_statistics(model_args)
     sets = {
         split: Transformed(rows, SegmentationTransform(data_args, *statistics, training=split == "train"))

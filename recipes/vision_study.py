@@ -4,7 +4,8 @@ r"""Compare ways to prune one dense vision model: schedules, allocations, one sh
         --output_dir out/study
 
 For every seed a dense model is trained, and pruned from there in every combination of a grid. Each run is a folder
-with its `config.json` and `bimp_results.json`. Call it again after an interruption: a finished run is not run again.
+with its `config.json`. Call it again after an interruption: a finished run is not run again, a killed dense training
+goes on from its last checkpoint.
 Writes `table.md`, all grids with mean and standard deviation over the seeds, after every run.
 """
 
@@ -20,15 +21,17 @@ import yaml
 from cli import parse_config
 from tqdm import tqdm
 
+from hf_bimp.checkpoint import last_complete_checkpoint
 from hf_bimp.report import RESULTS_NAME
 
 
 def run(recipe, directory: Path, config: dict) -> dict:
-    """The results of a run; does it first, unless it is finished."""
+    """The results of a run; does it first, or what is left of it, unless it is finished."""
     done = directory / "study_results.json"
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        config = config | {"output_dir": str(directory)}
+        resume = {"resume_from_checkpoint": "true"} if last_complete_checkpoint(str(directory)) else {}
+        config = config | {"output_dir": str(directory)} | resume
         (directory / "config.json").write_text(json.dumps(config, indent=2))
         recipe.run(*parse_config(recipe.ARGUMENTS, config))
         (directory / RESULTS_NAME).rename(done)  # the mark that the recipe came to its end
