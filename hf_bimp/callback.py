@@ -4,13 +4,22 @@ from transformers import TrainerCallback
 
 
 class PruningCallback(TrainerCallback):
-    """Prunes and sets the learning rate before a step."""
+    """Prunes and sets the learning rate before a step, and times the steps."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.begin_step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.throughput.step_ended()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.trainer.throughput.interrupted()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.throughput.interrupted()
 
 
 class ReportingCallback(TrainerCallback):

@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .formats import is_own, library_of, loading_code
+from .report import LAYERS_PLOT_NAME
 
 HUB_LIBRARIES = {
     "transformers": "transformers",
@@ -87,13 +88,15 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     if results is None:
         return f"A model{of}, in training with hf_bimp."
     cycles = len(results["plan"]["prune_steps"])
+    what = {"weight": "", "filter": " of whole filters"}.get(results["granularity"], f" to {results['granularity']}")
+    what = f"{results['criterion']} pruning{what}, {results['allocation']} allocation"
     how = f"{cycles} prune-retrain cycle{'s' * (cycles > 1)}, retraining by `{results['retrain_schedule']}`"
     if not cycles:
         how = "no pruning, only training with the zeros held" if results["plan"]["initial_sparsity"] else "no pruning"
     return (
         f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** (those of linear "
         f"and convolution layers) and {results['sparsity']['all_parameters']:.2%} of all parameters are zero. Trained "
-        f'with hf_bimp: magnitude pruning after "How I Learned to Stop Worrying and Love Retraining" (Zimmer, Spiegel '
+        f'with hf_bimp: {what}, after "How I Learned to Stop Worrying and Love Retraining" (Zimmer, Spiegel '
         f"and Pokutta, ICLR 2023), with {how}."
     )
 
@@ -105,6 +108,7 @@ def _sections(trainer, results: dict | None) -> list[str]:
     return [
         *("## Results", _metrics_table(results)),
         *("## How it was pruned", _plan_rows(results)),
+        *("## Measures", _measures(results, Path(trainer.args.output_dir))),
         *sections,
         "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one."
         + _shrinking(trainer),
@@ -116,6 +120,21 @@ def _loading(trainer) -> str:
     where = trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir
     needs = "only its architecture from hf_bimp" if is_own(trainer.model) else "no hf_bimp"
     return f"It is a plain checkpoint and needs {needs}:\n\n```python\n{loading_code(trainer.model, where)}\n```"
+
+
+def _measures(results: dict, directory: Path) -> str:
+    speedup, rate = results["theoretical_speedup"], results["throughput"]["training_samples_per_second"]
+    rows = [
+        ["theoretical speedup (multiply-adds, zeros cost nothing)", "-" if speedup is None else f"{speedup:.4g}"],
+        ["training samples per second", "-" if rate is None else f"{rate:.4g}"],
+        *([f"pruning stability ({name})", f"{value:.4g}"] for name, value in results["pruning_stability"].items()),
+        ["layers with nothing left", ", ".join(results["collapsed_layers"]) or "none"],
+    ]
+    layers = [[name, f"{share:.2%}"] for name, share in results["sparsity"]["per_layer"].items()]
+    details = (
+        f"<details><summary>Sparsity of each layer</summary>\n\n{_table(['weight', 'sparsity'], layers)}\n\n</details>"
+    )
+    return _table(["measure", "value"], rows) + f"\n\n![Sparsity of each layer]({LAYERS_PLOT_NAME})\n\n{details}"
 
 
 def _shrinking(trainer) -> str:

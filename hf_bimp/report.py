@@ -83,7 +83,7 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
         "allocation": settings["allocation"] or ("global" if settings["granularity"] == "weight" else "uniform"),
         "criterion": settings["criterion"],
         "granularity": settings["granularity"],
-        "throughput": _last(log, "train_samples_per_second", "train_steps_per_second", "train_runtime"),
+        "throughput": {"training_samples_per_second": trainer.throughput.per_second(_samples_per_step(trainer))},
         "seed": trainer.args.seed,
         "num_processes": trainer.args.world_size,
         "versions": {name: version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
@@ -128,8 +128,22 @@ def sparsities(trainer) -> dict:
     }
 
 
-def _last(log: list[dict], *names: str) -> dict[str, float]:
-    return next(({n: entry[n] for n in names if n in entry} for entry in reversed(log) if names[0] in entry), {})
+def _samples_per_step(trainer) -> int:
+    args = trainer.args
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def measures(results: dict) -> dict[str, float]:
+    """What the log says of a finished run, as numbers that trackers can plot."""
+    single = {
+        "theoretical_speedup": results["theoretical_speedup"],
+        "sparsity": results["sparsity"]["prunable"],
+        "collapsed_layers": len(results["collapsed_layers"]),
+        **results["throughput"],
+    }
+    stability = {f"pruning_stability_{name}": value for name, value in results["pruning_stability"].items()}
+    layers = {f"layer_sparsity/{name}": value for name, value in results["sparsity"]["per_layer"].items()}
+    return {name: value for name, value in (single | stability | layers).items() if value is not None}
 
 
 def main_metric(chosen: str | None, metrics: dict[str, float]) -> str | None:

@@ -29,9 +29,10 @@ from .model_card import write_model_card
 from .plan import Plan
 from .planning import dense_history, given_history, run_masks, run_plan
 from .prunable import find_prunable
-from .report import collect_results, final_metrics, plan_table, write_layer_plot, write_plot, write_results
+from .report import collect_results, final_metrics, measures, plan_table, write_layer_plot, write_plot, write_results
 from .scheduler import PlannedScheduler
 from .speedup import MultiplyAdds
+from .throughput import Throughput
 
 logger = logging.get_logger(__name__)
 
@@ -139,7 +140,7 @@ class BIMPTrainer(Trainer):
 
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
-        self._multiply_adds = try_to_count(self)
+        self._multiply_adds, self.throughput = try_to_count(self), Throughput()
         if self.is_world_process_zero():
             print(plan_table(self.method, self.base_learning_rate, self._dense), flush=True)
         if self.resumed and not float(self.state.epoch or 0).is_integer():
@@ -169,6 +170,7 @@ class BIMPTrainer(Trainer):
         self.lr_scheduler.set_step(step)
 
     def _prune(self) -> None:
+        self.throughput.interrupted()
         before = metrics_before_pruning(self)
         pruning = self.method.prune(self.optimizer)
         check_ranks_agree(self.accelerator, self.method.masks, pruning)
@@ -304,6 +306,7 @@ class BIMPTrainer(Trainer):
         if self.args.save_strategy != "no" and self._trial is None:
             self.save_model(_internal_call=True)
         self.results = collect_results(self, self._final_metrics())
+        self.log(measures(self.results))
         if self.is_world_process_zero():
             write_results(directory, self.results)
             write_layer_plot(directory, self.results)

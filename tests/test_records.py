@@ -137,7 +137,7 @@ def test_results_and_picture(tmp_path):
     count = sum(p.numel() for p in trainer.model.parameters())
     assert results["sparsity"]["all_parameters"] == pytest.approx(zeros / count)
     assert results["seed"] == 5
-    assert results["throughput"]["train_samples_per_second"] > 0
+    assert results["throughput"]["training_samples_per_second"] > 0
     assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (tmp_path / "bimp_run.png").read_bytes().startswith(b"\x89PNG\r\n")
 
