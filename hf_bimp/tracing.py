@@ -1,7 +1,7 @@
 """Which output channels of a model's layers belong together, read off torch-pruning's dependency graph."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 from transformers.pytorch_utils import Conv1D
@@ -166,6 +167,7 @@ class _Graph:
     def __init__(self, model: nn.Module, inputs: Inputs, prunable: Collection[str], shared: Collection[int]):
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.prunable, self.shared = prunable, shared
+        self.widest = max(size for parameter in model.parameters() for size in parameter.shape)
         self.ends: set = set()  # autograd nodes that made the outputs
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -182,28 +184,46 @@ class _Graph:
             )
         self.nodes: dict[nn.Module, Node] = self.graph.module2node
 
-    def expand(self, layer: nn.Module, channels: list[int] | None = None) -> Items:
-        """What the output channels of `layer` (all by default) reach, by node and side ("out", or "in" of a layer)."""
+    def expand(self, layer: nn.Module) -> Items:
+        """What the output channels of `layer` reach, by node and side ("out", or "in" of a layer).
+
+        As torch-pruning's `get_pruning_group`, but that one keeps only one of two channels that reach the same place,
+        and never ends where it counts places up in circles (timm's MaxViT). This one stops at either.
+        """
         pruner = self.graph.get_pruner_of_module(layer)
-        channels = list(range(pruner.get_out_channels(layer))) if channels is None else channels
+        channels = [_HybridIndex(idx=i, root_idx=i) for i in range(pruner.get_out_channels(layer))]
+        start = self.nodes[layer], pruner.prune_out_channels
+        reached: dict[tuple[Node, Callable], set[_HybridIndex]] = {start: set(channels)}
+        stack = [(*start, channels)]
+        while stack:
+            node, trigger, pairs = stack.pop()
+            for dependency in [d for d in node.dependencies if d.is_triggered_by(trigger)]:
+                moved = pairs
+                for mapping in filter(None, dependency.index_mapping):
+                    moved = mapping(moved)
+                seen = reached.setdefault((dependency.target, dependency.handler), set())
+                new = set(moved) - seen
+                seen |= new
+                if new and self._is_lost(seen):
+                    stack.clear()
+                elif new:
+                    stack.append((dependency.target, dependency.handler, list(new)))
         items: Items = {}
-        for item in self.graph.get_pruning_group(layer, pruner.prune_out_channels, channels):
-            node, places = item.dep.target, {}
-            for place, channel in zip(item.idxs, item.root_idxs, strict=True):
-                places.setdefault(channel, []).append(place)
+        for (node, handler), pairs in reached.items():
             outputs = self.graph.get_pruner_of_module(node.module).prune_out_channels
-            side = "out" if item.dep.handler == outputs else "in"
-            items[node, side] = {channel: sorted(found) for channel, found in places.items()}
-        return items
+            places = items.setdefault((node, "out" if handler == outputs else "in"), {})
+            for pair in sorted(pairs, key=lambda pair: pair.idx):
+                places.setdefault(pair.root_idx, []).append(pair.idx)
+        return {key: places for key, places in items.items() if places}
 
     def read(self, layer: nn.Module, items: Items) -> FilterGroup:
         """The group of all output channels of `layer`, given its `expand`. Raises `_StaysDense` with the reason."""
         for node, side in items:
             self._check_node(node, side)
+        if any(self._is_lost(pairs) for pairs in self.reached(items)):
         size = len(items[self.nodes[layer], "out"])
         if size == 1:
             raise _StaysDense("it has a single filter")
-        self._check_channels_apart(layer, items, size)
         weights, attached, readers = [], [], []
         for (node, side), places in items.items():
             module = node.module
@@ -234,12 +254,10 @@ class _Graph:
             if not module.groups == module.in_channels == module.out_channels:
                 raise _StaysDense("its filters are coupled with a grouped convolution that is not depthwise")
 
-    def _check_channels_apart(self, layer: nn.Module, items: Items, size: int) -> None:
-        """torch-pruning merges what it reaches twice and keeps one channel: a channel alone has to reach the same."""
-        for channel in (0, size - 1):
-            alone = {key: places[channel] for key, places in self.expand(layer, [channel]).items()}
-            if alone != {key: places[channel] for key, places in items.items() if channel in places}:
-                raise _StaysDense("its filters are coupled with each other")
+    def _is_lost(self, pairs: Collection[_HybridIndex]) -> bool:
+        """Whether two channels share a place, or a place is beyond those of any layer."""
+        places = {pair.idx for pair in pairs}
+        return len(places) < len(pairs) or max(places, default=0) >= self.widest
 
     def _rows(
         self, parameter: nn.Parameter, dim: int, places: dict[int, list[int]], size: int, whole: bool = False

@@ -124,8 +124,12 @@ def freeze_unused(model: nn.Module, size: list[int]) -> list[str]:
 
 def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
     """One whole run; what `bimp_results.json` holds in the end."""
+    if args.dataloader_drop_last:
+        raise ValueError("dataloader_drop_last would leave images out of evaluations too: remove it.")
     set_seed(args.seed)
     data = load_segmentations(data_args)
+    if len(data["train"]) % args.train_batch_size == 1:  # DeepLabV3's pooling cannot be normalised over one image
+        data["train"] = data["train"].select(range(len(data["train"]) - 1))
     model = name_logits(build_model(model_args, data_args.num_classes))
     if unused := freeze_unused(model, data_args.crop_size or data_args.image_size):
         args.skip_modules = [*(args.skip_modules or ()), *unused]

@@ -68,9 +68,7 @@ def t5(activation: str) -> T5ForConditionalGeneration:
 
 
 def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1, use_cache=False)
-    )
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
 
 
 def hf_resnet() -> ResNetForImageClassification:

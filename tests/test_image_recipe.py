@@ -1,0 +1,172 @@
+"""The image classification recipe and the study of vision models, as a user starts them: offline and tiny."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from safetensors.torch import load_file
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+from image_data import AUGMENTATIONS, DataArguments, ImageTransform, load_images, num_classes  # noqa: E402
+
+TINY = ["--max_steps", "6", "--max_train_samples", "80", "--max_test_samples", "20", "--eval_strategy", "no"]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
+    return done
+
+
+def recipe(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    return run(sys.executable, RECIPES / script, *arguments)
+
+
+def test_digits_are_the_default_and_the_model_loads_in_a_fresh_process(tmp_path) -> None:
+    arguments = [*TINY, "--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "3"]
+    arguments += ["--output_dir", tmp_path]
+    done = recipe("image_classification.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "offline" in done.stdout and "recipes/configs/cifar10_resnet56.yaml" in done.stdout
+    for row in ("dense", "pruning 2", "retraining 2", "final (validation)", "final (test)", "Theoretical speedup"):
+        assert row in done.stdout
+    results = json.loads((tmp_path / "bimp_results.json").read_text())
+    assert results["sparsity"]["prunable"] == pytest.approx(0.9, abs=1e-4)
+    assert {"accuracy", "loss"} <= results["test"].keys() and results["theoretical_speedup"] > 1
+    first = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "bimp_results.json").unlink()
+    again = recipe("image_classification.py", *arguments, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    assert again.returncode == 0, again.stderr
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(first[name], resumed[name]) for name in first)
+    code = (
+        "import timm, hf_bimp.models, torch\n"
+        f"model = timm.create_model('local-dir:{tmp_path}', pretrained=True)\n"
+        "weights = [p for p in model.parameters() if p.ndim > 1]\n"
+        "print(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights))\n"
+        "print(model.pretrained_cfg['input_size'])\n"
+    )
+    printed = run(sys.executable, "-c", code).stdout.splitlines()
+    assert float(printed[0]) == pytest.approx(0.9, abs=1e-4) and printed[1] == "(1, 16, 16)"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A data set in the Hub's layout with columns of its own."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (12, 10, 3), dtype=np.uint8)) for _ in range(40)]
+    rows = Dataset.from_dict({"img": images, "fine_label": [i % 3 for i in range(40)]})
+    path = tmp_path / "data"
+    path.mkdir()
+    for split in ("train", "test"):
+        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
+    return path
+
+
+def test_a_transformers_model_on_a_local_folder_with_filters(tmp_path, folder) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(
+        tmp_path / "model"
+    )
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    config = yaml.safe_load((RECIPES / "configs" / "digits_resnet20.yaml").read_text())
+    del config["timm_model"]
+    config |= {"model_name_or_path": str(tmp_path / "model"), "channels": 3, "granularity": "filter"}
+    config |= {"dataset_name": str(folder), "image_column": "img", "label_column": "fine_label"}
+    config |= {"target_sparsity": 0.5, "augmentation": "crop_flip_rotation", "label_smoothing_factor": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = recipe("image_classification.py", tmp_path / "config.json", *TINY, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    loaded = ResNetForImageClassification.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_labels == 3
+    stem = loaded.resnet.embedder.embedder.convolution.weight
+    assert (stem == 0).flatten(1).all(1).sum() == 4
+
+
+def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
+    base = yaml.safe_load((RECIPES / "configs" / "digits_resnet20.yaml").read_text())
+    base |= {"max_train_samples": 80, "max_test_samples": 20, "eval_strategy": "no", "save_strategy": "no"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    study = {
+        "recipe": "image_classification",
+        "base": "base.yaml",
+        "model_key": "timm_model",
+        "metric": "accuracy",
+        "final": "test",
+        "seeds": [1, 2],
+        "dense": {"num_train_epochs": 4},
+        "grids": {
+            "rules": {
+                "vary": {"retrain_schedule": ["ft", "allr"]},
+                "fixed": {"allocation": "erk", "num_cycles": 1, "target_sparsity": 0.5, "retrain_ratio": 0.5},
+            }
+        },
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    arguments = [tmp_path / "study.yaml", "--output_dir", tmp_path / "out"]
+    first = recipe("vision_study.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "2 seeds" in table and "| ft |" in table and "| allr |" in table and "±" in table
+    files = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/study_results.json")}
+    assert len(files) == 6
+    pruned = json.loads((tmp_path / "out" / "rules-allr-1" / "study_results.json").read_text())
+    assert pruned["prunings"][0]["d2"] == 0.5 and pruned["allocation"] == "erk"
+    assert recipe("vision_study.py", *arguments).returncode == 0
+    assert files == {path: path.stat().st_mtime for path in files}
+
+
+def test_every_image_config_parses(monkeypatch) -> None:
+    from cli import parse
+    from image_classification import ARGUMENTS
+
+    configs = [path for path in (RECIPES / "configs").glob("*.yaml") if "timm_model:" in path.read_text()]
+    assert len(configs) >= 9
+    for path in configs:
+        monkeypatch.setattr(sys, "argv", ["image_classification.py", str(path), "--use_cpu", "--report_to", "none"])
+        data, model, args = parse(ARGUMENTS)
+        assert 0 < args.target_sparsity < 1 and model.timm_model and args.optim == "sgd"
+
+
+def test_the_splits_are_fixed_and_apart() -> None:
+    first, again = (load_images(DataArguments()) for _ in range(2))
+    assert {split: len(rows) for split, rows in first.items()} == {"train": 1294, "validation": 144, "test": 359}
+    assert first["validation"]["label"] == again["validation"]["label"] and num_classes(first) == 10
+    other = load_images(DataArguments(split_seed=1))
+    assert first["validation"]["label"] != other["validation"]["label"]
+    seen = {split: {image.tobytes() for image in rows["image"]} for split, rows in first.items()}
+    assert len(seen["train"] & seen["test"]) == 0 and len(seen["train"] & seen["validation"]) == 0
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_become_tensors_of_one_size(augmentation, channels) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    statistics = (0.5,) * channels, (0.25,) * channels
+    torch.manual_seed(0)
+    train, plain = (ImageTransform(augmentation, channels, 24, *statistics, training=t) for t in (True, False))
+    row = {"image": image, "label": 2}
+    outputs = [plain(row)["image"] for _ in range(2)] + [train(row)["image"] for _ in range(4)]
+    assert all(output.shape == (channels, 24, 24) and output.dtype == torch.float32 for output in outputs)
+    assert torch.equal(outputs[0], outputs[1]) and plain(row)["labels"] == 2
+    assert any(not torch.equal(outputs[2], output) for output in outputs[3:]) == (augmentation != "none")
+
+
+def test_a_column_or_split_that_is_not_there_is_named(folder) -> None:
+    with pytest.raises(ValueError, match="and not: label"):
+        load_images(DataArguments(dataset_name=str(folder), image_column="img"))
+    with pytest.raises(ValueError, match="and not: dev"):
+        load_images(DataArguments(dataset_name=str(folder), image_column="img", validation_split="dev"))
+    with pytest.raises(ValueError, match=r"validation_share=1 must lie in \(0, 1\)"):
+        DataArguments(validation_share=1)
+    assert isinstance(load_images(DataArguments()), DatasetDict)

@@ -1,0 +1,135 @@
+"""What a run tells of its pruning: collapse, speedup, distance, stability, per-layer sparsity, throughput."""
+
+import json
+
+import pytest
+import torch
+from helpers import classification_items, classifier, matrices
+from safetensors.torch import load_file
+from torch import nn
+from trainers import assert_same_tensors, make_trainer, pruning_records
+
+from hf_bimp import LayerCollapseError
+from hf_bimp.methods import IterativeMagnitudePruning
+from hf_bimp.throughput import Throughput
+
+
+def accuracy(evaluated) -> dict[str, float]:
+    return {"accuracy": float((evaluated.predictions.argmax(-1) == evaluated.label_ids).mean())}
+
+
+def test_a_run_measures_itself(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, eval_dataset=classification_items(16, seed=5), compute_metrics=accuracy)
+    distances = []
+    prune = IterativeMagnitudePruning.prune
+
+    def watched(method, optimizer):
+        before = {name: weight.detach().clone() for name, weight in method.masks.weights.items()}
+        pruning = prune(method, optimizer)
+        change = [(before[name] - weight).flatten() for name, weight in method.masks.weights.items()]
+        distances.append(torch.cat(change).double().norm().item())
+        return pruning
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IterativeMagnitudePruning, "prune", watched)
+        trainer.train()
+    results = json.loads((tmp_path / "bimp_results.json").read_text())
+    assert [p["distance"] for p in results["prunings"]] == pytest.approx(distances) and min(distances) > 0
+    weights = matrices(trainer.model)
+    # A linear layer multiplies each of its weights once for every item.
+    total, left = sum(w.numel() for w in weights.values()), sum(int((w != 0).sum()) for w in weights.values())
+    assert results["theoretical_speedup"] == pytest.approx(total / left)
+    assert results["prunings"][-1]["theoretical_speedup"] == pytest.approx(total / left)
+    per_layer = {name: float((w == 0).float().mean()) for name, w in weights.items()}
+    assert results["sparsity"]["per_layer"] == pytest.approx(per_layer)
+    last = results["prunings"][-1]
+    lost = (last["before"]["accuracy"] - last["after"]["accuracy"]) / last["before"]["accuracy"]
+    assert results["pruning_stability"]["accuracy"] == pytest.approx(1 - lost)
+    assert results["throughput"]["training_samples_per_second"] > 0
+    logged = trainer.state.log_history[-1]
+    for name in (
+        "theoretical_speedup",
+        "training_samples_per_second",
+        "pruning_stability_accuracy",
+        "collapsed_layers",
+    ):
+        assert name in logged
+    assert {f"layer_sparsity/{name}" for name in weights} <= logged.keys()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "bimp_layers.png").stat().st_size > 1000 and "(bimp_layers.png)" in card
+    for shown in (
+        "theoretical speedup",
+        "training samples per second",
+        "pruning stability (accuracy)",
+        "first.weight",
+    ):
+        assert shown in card
+    assert f"{results['prunings'][0]['distance']:.4g}" in card
+
+
+def test_throughput_counts_only_steps_that_follow_each_other(monkeypatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 100.0, 101.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    throughput = Throughput()
+    assert throughput.per_second(10) is None
+    for _ in range(3):
+        throughput.step_ended()
+    throughput.interrupted()
+    for _ in range(2):
+        throughput.step_ended()
+    assert throughput.per_second(10) == 10 * 3 / 4
+
+
+def with_a_tiny_layer() -> nn.Module:
+    model = classifier()
+    with torch.no_grad():
+        model.last.weight.mul_(1e-3)
+    return model
+
+
+def test_a_collapsed_layer_is_warned_of_and_said_in_the_results(tmp_path, caplog) -> None:
+    changes = {"dense_ratio": 0.0, "num_cycles": 1, "target_sparsity": 0.6, "learning_rate": 1e-6}
+    trainer = make_trainer(tmp_path, with_a_tiny_layer(), **changes)
+    trainer.train()
+    assert "Layer collapse" in caplog.text and "last.weight" in caplog.text
+    assert trainer.results["collapsed_layers"] == ["last.weight"]
+    assert pruning_records(trainer)[0]["prune_collapsed_layers"] == 1
+    trainer.create_model_card()
+    assert "| layers with nothing left | last.weight |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_collapsed_layer_can_stop_the_run(tmp_path) -> None:
+    changes = {"dense_ratio": 0.0, "num_cycles": 1, "target_sparsity": 0.6, "on_collapse": "raise"}
+    with pytest.raises(LayerCollapseError, match=r"last\.weight.*Use more cycles"):
+        make_trainer(tmp_path, with_a_tiny_layer(), **changes).train()
+    trainer = make_trainer(tmp_path, with_a_tiny_layer(), **(changes | {"allocation": "uniform"}))
+    trainer.train()
+    assert trainer.results["collapsed_layers"] == []
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "lamp", "uniform_plus"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_every_rule_resumes_as_if_uninterrupted(tmp_path, allocation, criterion) -> None:
+    rule = {"allocation": allocation, "criterion": criterion, "save_strategy": "steps", "save_steps": 4}
+    whole = make_trainer(tmp_path / "whole", **rule)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **rule)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed")]
+    assert_same_tensors(*files)
+    assert whole.results["sparsity"]["prunable"] == pytest.approx(0.8, abs=1 / 192)
+    assert whole.results["allocation"] == allocation and whole.results["criterion"] == criterion
+
+
+def test_resuming_under_another_rule_is_refused(tmp_path) -> None:
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    with pytest.raises(ValueError, match="allocation: None there, erk now"):
+        make_trainer(tmp_path, allocation="erk").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_what_uniform_plus_cannot_reach_is_refused_before_training(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, allocation="uniform_plus", target_sparsity=0.99)
+    with pytest.raises(ValueError, match=r"0\.9323 is the maximum here"):
+        trainer.train()
+    assert trainer.state.global_step == 0
