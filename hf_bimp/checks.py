@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .masks import Masks
 from .methods import LayerCollapseError, Pruning
+from .speedup import MultiplyAdds
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,18 @@ def check_devices(n_gpu: int, is_fsdp: bool, is_deepspeed: bool) -> None:
         raise ValueError(
             "DeepSpeed and FSDP are not supported: they keep or shard weights where a mask would not reach them. "
             "Choose plain multi-GPU (DDP) in `accelerate config`."
+        )
+
+
+def warn_of_unused(masks: Masks, counts: MultiplyAdds | None) -> None:
+    """Warns of weights that are pruned although the model computes nothing with them: they would hide in the sparsity."""
+    unused = [name for name in masks.weights if counts is not None and not counts.per_weight[name]]
+    if unused:
+        share = sum(masks.weights[name].numel() for name in unused) / masks.num_weights
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        logger.warning(
+            f"The model does not use {len(unused)} of its prunable weights ({share:.1%} of their elements): {shown}. "
+            "They count in its sparsity all the same; skip_modules leaves them out."
         )
 
 

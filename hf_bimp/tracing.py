@@ -194,8 +194,8 @@ class _Graph:
         channels = [_HybridIndex(idx=i, root_idx=i) for i in range(pruner.get_out_channels(layer))]
         start = self.nodes[layer], pruner.prune_out_channels
         reached: dict[tuple[Node, Callable], set[_HybridIndex]] = {start: set(channels)}
-        stack = [(*start, channels)]
-        while stack:
+        stack, lost = [(*start, channels)], False
+        while stack and not lost:
             node, trigger, pairs = stack.pop()
             for dependency in [d for d in node.dependencies if d.is_triggered_by(trigger)]:
                 moved = pairs
@@ -204,9 +204,8 @@ class _Graph:
                 seen = reached.setdefault((dependency.target, dependency.handler), set())
                 new = set(moved) - seen
                 seen |= new
-                if new and self._is_lost(seen):
-                    stack.clear()
-                elif new:
+                if new:
+                    lost |= self._is_lost([pair.idx for pair in seen])
                     stack.append((dependency.target, dependency.handler, list(new)))
         items: Items = {}
         for (node, handler), pairs in reached.items():
@@ -220,7 +219,8 @@ class _Graph:
         """The group of all output channels of `layer`, given its `expand`. Raises `_StaysDense` with the reason."""
         for node, side in items:
             self._check_node(node, side)
-        if any(self._is_lost(pairs) for pairs in self.reached(items)):
+        if any(self._is_lost([place for found in places.values() for place in found]) for places in items.values()):
+            raise _StaysDense("its filters are coupled with each other, or lost track of")
         size = len(items[self.nodes[layer], "out"])
         if size == 1:
             raise _StaysDense("it has a single filter")
@@ -254,10 +254,9 @@ class _Graph:
             if not module.groups == module.in_channels == module.out_channels:
                 raise _StaysDense("its filters are coupled with a grouped convolution that is not depthwise")
 
-    def _is_lost(self, pairs: Collection[_HybridIndex]) -> bool:
-        """Whether two channels share a place, or a place is beyond those of any layer."""
-        places = {pair.idx for pair in pairs}
-        return len(places) < len(pairs) or max(places, default=0) >= self.widest
+    def _is_lost(self, places: list[int]) -> bool:
+        """Whether two channels share a place, or one is at a place that no layer has."""
+        return len(set(places)) < len(places) or max(places) >= self.widest
 
     def _rows(
         self, parameter: nn.Parameter, dim: int, places: dict[int, list[int]], size: int, whole: bool = False

@@ -20,6 +20,7 @@ from .checks import (
     check_ranks_agree,
     check_scheduler,
     report_collapse,
+    warn_of_unused,
 )
 from .dense import DenseHistory
 from .evaluation import metrics_before_pruning, pruning_metrics, train_accuracy, try_to_count
@@ -141,6 +142,7 @@ class BIMPTrainer(Trainer):
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
         self._multiply_adds, self.throughput = try_to_count(self), Throughput()
+        warn_of_unused(self.method.masks, self._multiply_adds)
         if self.is_world_process_zero():
             print(plan_table(self.method, self.base_learning_rate, self._dense), flush=True)
         if self.resumed and not float(self.state.epoch or 0).is_integer():

@@ -71,6 +71,10 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
 
 
+def maxvit(name: str) -> nn.Module:
+    return timm.create_model(name, img_size=64, embed_dim=(32, 32, 64, 64), depths=(1, 1, 1, 1), num_classes=5)
+
+
 def hf_resnet() -> ResNetForImageClassification:
     return ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=5)
@@ -86,7 +90,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
     "cifar_wrn": (lambda: timm.create_model("cifar_wrn28_10", depth=10, widen=1), images(16)),
     "resnet50": (lambda: timm.create_model("resnet50", num_classes=7), images(32)),
     "mobilenet": (lambda: timm.create_model("mobilenetv2_050"), images(32)),
-    "maxvit": (lambda: timm.create_model("maxvit_rmlp_pico_rw_256", img_size=64), images(64)),
+    "maxvit": (lambda: maxvit("maxvit_rmlp_pico_rw_256"), images(64)),
+    "maxvit_tf": (lambda: maxvit("maxvit_tiny_tf_224"), images(64)),
     "pspnet": (lambda: smp.PSPNet("resnet18", encoder_weights=None, classes=5), images(48)),
     "deeplabv3": (lambda: smp.DeepLabV3("resnet18", encoder_weights=None, classes=5), images(32)),
     "hf_resnet": (hf_resnet, image_dict),
@@ -127,6 +132,7 @@ def zero_half(model: nn.Module, groups: list[FilterGroup]) -> list[Tensor]:
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with torch.no_grad():
-        result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    result = [result[key] for key in ("loss", "logits") if key in result] if isinstance(inputs, dict) else [result]
-    return result
+        if isinstance(inputs, dict):
+            result = model(**inputs)
+            return [result[key] for key in ("loss", "logits") if key in result]
+        return [model(inputs)]

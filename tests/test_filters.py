@@ -71,6 +71,7 @@ def test_concatenation_and_flattening_by_hand() -> None:
     assert {rows.name: rows.dim for rows in up.weights} == {"up.weight": 1, "depthwise.weight": 0}
     assert down.readers[0].index.tolist() == [list(range(16 * channel, 16 * channel + 16)) for channel in range(5)]
     assert list(dense) == ["last.weight"]
+    assert names(groups_of(model, inputs)[0]) == names(groups)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,12 +87,9 @@ def test_every_prunable_weight_is_grouped_once_or_has_a_reason(name: str) -> Non
         for rows in group.weights:
             assert sorted(rows.index.flatten().tolist()) == list(range(parameters[rows.name].shape[rows.dim]))
         assert all(rows.index.shape[0] == group.size for rows in group.weights + group.attached + group.readers)
-    again, _ = find_filter_groups(model, inputs, prunable)
-    assert names(again) == names(groups)
 
 
 DENSE = {
-    "resnet50": {"fc.weight"},
     "cifar_resnet20": {"fc.weight"},
     "cifar_vgg16_bn": {"fc.weight"},
     "deeplabv3": {"segmentation_head.0.weight"},
@@ -121,6 +119,19 @@ def test_t5_has_its_feed_forward_units(name: str, inner: list[str]) -> None:
     expected = [[f"{block}.DenseReluDense.{layer}.weight" for layer in inner] for block in blocks]
     assert sorted(names(groups)) == sorted(expected)
     assert "reshaped" in dense["encoder.block.0.layer.0.SelfAttention.q.weight"]
+
+
+@pytest.mark.parametrize("name", ["maxvit", "maxvit_tf"])
+def test_maxvit_has_its_feed_forward_units_and_the_inside_of_its_convolution_blocks(name: str) -> None:
+    groups, dense = groups_of(make(name), MODELS[name][1](0))
+    grouped = {weight for group in names(groups) for weight in group}
+    inside = {"stem.conv1.weight"}  # of the other filters, all go through a LayerNorm or attention
+    for i in range(4):
+        inside |= {f"stages.{i}.blocks.0.attn_{kind}.mlp.fc1.weight" for kind in ("block", "grid")}
+        inside |= {f"stages.{i}.blocks.0.conv.{layer}.weight" for layer in ("conv1_1x1", "conv2_kxk", "se.fc1")}
+    assert inside <= grouped
+    assert not any("qkv" in weight or "proj" in weight for weight in grouped)
+    assert dense["head.fc.weight"] == "its filters are the model's outputs"
 
 
 def test_feed_forward_units_alone_where_tracing_fails(caplog: pytest.LogCaptureFixture) -> None:

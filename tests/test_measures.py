@@ -133,3 +133,10 @@ def test_what_uniform_plus_cannot_reach_is_refused_before_training(tmp_path) -> 
     with pytest.raises(ValueError, match=r"0\.9323 is the maximum here"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_weights_that_the_model_does_not_use_are_named(tmp_path, caplog) -> None:
+    model = classifier()
+    model.spare = nn.Linear(8, 8)
+    make_trainer(tmp_path, model).train()
+    assert "does not use 1 of its prunable weights (25.0% of their elements): spare.weight" in caplog.text
