@@ -76,7 +76,7 @@ def check_devices(n_gpu: int, is_fsdp: bool, is_deepspeed: bool) -> None:
 
 
 def warn_of_unused(masks: Masks, counts: MultiplyAdds | None) -> None:
-    """Warns of weights that are pruned although the model computes nothing with them: they would hide in the sparsity."""
+    """Warns of weights that are pruned although the model computes nothing with them: they hide in its sparsity."""
     unused = [name for name in masks.weights if counts is not None and not counts.per_weight[name]]
     if unused:
         share = sum(masks.weights[name].numel() for name in unused) / masks.num_weights
