@@ -3,10 +3,10 @@
     python recipes/benchmarks/shrink_latency.py                        # ResNet-56, half of the filters, 1-2 minutes
     python recipes/benchmarks/shrink_latency.py --model resnet50 --size 224 --batch_size 16
 
-Random weights: neither the speed nor the size depends on what they are. Dense, masked and shrunk model take turns, so
-that a machine that grows slower or faster favours none. Two theoretical speedups are given: of the masked model, where
-zeros cost nothing, and by the multiply-adds of the shrunk one, which is larger because a removed filter takes the inputs
-of the next layer along. How much of it is measured depends on the layers that are left: normalisation and activations
+The weights are random, as neither speed nor size depends on them. Dense, masked and shrunk model take turns, so that a
+machine that grows slower or faster favours none. Two theoretical speedups are given: of the masked model, where zeros
+cost nothing, and by the multiply-adds of the shrunk one, which is larger, as a removed filter takes the inputs of the
+next layer along. How much of it is measured depends on the layers that are left: normalisation and activations
 shrink in one dimension only, and narrow convolutions keep a processor less busy.
 """
 
