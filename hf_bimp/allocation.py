@@ -97,11 +97,11 @@ def _uniform_plus(keep: int, layers: Sequence[Layer]) -> list[Fraction]:
         quotas[last] += left - min(max(left, 0), most)
         left = min(max(left, 0), most)
     if left < 0 or (last is not None and quotas[last] < _least_kept(layers[last])):
+        most = math.floor(max_sparsity("uniform_plus", layers) * 1e4) / 1e4  # rounded down, so that it can be given
         raise ValueError(
             f"allocation='uniform_plus' cannot reach a sparsity of {1 - keep / total:.4f}: the first convolution "
             f"stays dense and the last fully connected layer is pruned to {float(LAST_LINEAR_LIMIT):.0%} at most, so "
-            f"{max_sparsity('uniform_plus', layers):.4f} is the maximum here. Lower target_sparsity, or use another "
-            "allocation."
+            f"{most} is the maximum here. Lower target_sparsity, or use another allocation."
         )
     split = _proportional(left, [layers[i].size for i in others], [layers[i].free for i in others])
     quotas |= dict(zip(others, split, strict=True))

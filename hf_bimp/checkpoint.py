@@ -56,7 +56,8 @@ def read_state(checkpoint: str) -> dict:
 
 def check_same_settings(checkpoint: str, saved: dict, current: dict) -> None:
     """Raises `ValueError` where a checkpoint belongs to a run with another plan."""
-    saved, current = json.loads(json.dumps(saved)), json.loads(json.dumps(current))
+    before_the_choice = {"granularity": "weight", "allocation": "global", "criterion": "magnitude"}
+    saved, current = before_the_choice | json.loads(json.dumps(saved)), json.loads(json.dumps(current))
     differences = [f"{k}: {saved.get(k)} there, {current[k]} now" for k in current if saved.get(k) != current[k]]
     if differences:
         raise ValueError(

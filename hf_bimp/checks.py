@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .masks import Masks
 from .methods import LayerCollapseError, Pruning
+from .rules import WeightRule
 from .speedup import MultiplyAdds
 
 logger = logging.get_logger(__name__)
@@ -75,9 +76,12 @@ def check_devices(n_gpu: int, is_fsdp: bool, is_deepspeed: bool) -> None:
         )
 
 
-def warn_of_unused(masks: Masks, counts: MultiplyAdds | None) -> None:
+def warn_of_unused(model: nn.Module, masks: Masks, counts: MultiplyAdds | None) -> None:
     """Warns of weights that are pruned although the model computes nothing with them: they hide in its sparsity."""
-    unused = [name for name in masks.weights if counts is not None and not counts.per_weight[name]]
+    # torch's attention uses the weight of this layer without calling it, so that nothing is counted for it.
+    attention = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    weights = {} if counts is None else masks.weights
+    unused = [name for name, w in weights.items() if not counts.per_weight[name] and id(w) not in attention]
     if unused:
         share = sum(masks.weights[name].numel() for name in unused) / masks.num_weights
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
@@ -105,9 +109,10 @@ def report_collapse(masks: Masks, pruning: Pruning, on_collapse: str) -> None:
     """Warns of layers that a pruning left nothing of, or raises `LayerCollapseError` if `on_collapse` is "raise"."""
     if not (collapsed := masks.collapsed):
         return
+    spread = "another allocation (uniform, erk), " if isinstance(masks.rule, WeightRule) else ""
     message = (
         f"Layer collapse: pruning {pruning.cycle} to {pruning.sparsity:.2%} left nothing of {', '.join(collapsed)}. "
-        "Use more cycles, a lower target_sparsity, another allocation (uniform, erk), or skip_modules."
+        f"Use more cycles, a lower target_sparsity, {spread}or skip_modules."
     )
     if on_collapse == "raise":
         raise LayerCollapseError(message)

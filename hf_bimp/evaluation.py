@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from .random_state import preserved_random_state
@@ -46,20 +47,33 @@ def metrics_before_pruning(trainer) -> dict[str, float]:
     return {f"before_prune_{k}": v for k, v in done.items()} or pruning_metrics(trainer, "before_prune")
 
 
-def example_inputs(trainer, items: int = 2) -> dict[str, Any]:
-    """The first training items as the model gets them, on its device."""
+def example_inputs(trainer) -> dict[str, Any]:
+    """The first training items as the model gets them, on its device.
+
+    Raises `ValueError` where the training would then go without them: the data can be read only once.
+    """
+    data = trainer.train_dataset
+    if isinstance(data, IterableDataset) and iter(data) is data:
+        raise ValueError(
+            "granularity='filter' traces the model with the first training items, and this data set gives every item "
+            "only once. Use one that starts over when iterated again, such as a datasets.IterableDataset."
+        )
     with preserved_random_state():
-        batch = next(iter(trainer.get_test_dataloader(trainer.train_dataset)))
+        return first_items(trainer, next(iter(trainer.get_test_dataloader(data))))
+
+
+def first_items(trainer, batch: dict[str, Any], items: int = 2) -> dict[str, Any]:
+    """The first items of a batch as the model gets them, on its device."""
     inputs = dict(trainer._prepare_inputs(batch))
     if trainer.compute_loss_func is not None:
         inputs.pop("labels", None)  # Trainer keeps them for the loss
     return {name: value[:items] if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
-def try_to_count(trainer) -> MultiplyAdds | None:
-    """Multiply-adds of one pass over two training items; None, with a warning, where a model defies counting."""
+def try_to_count(model: nn.Module, inputs: dict[str, Any]) -> MultiplyAdds | None:
+    """Multiply-adds of one pass over `inputs`; None, with a warning, where a model defies counting."""
     try:
-        return count_multiply_adds(trainer.model, example_inputs(trainer))
+        return count_multiply_adds(model, inputs)
     except Exception as error:  # any model's code runs here, and a measure alone must not end a training
         logger.warning(f"No theoretical speedup will be reported, multiply-adds cannot be counted: {error!r}")
         return None

@@ -52,7 +52,8 @@ def loading_code(model: nn.Module, where: str) -> str:
     if library == "transformers":
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{where}")'
     if library == "segmentation_models_pytorch":
-        return f'import segmentation_models_pytorch as smp\n\nmodel = smp.from_pretrained("{where}")'
+        load = f'smp.from_pretrained("{where}", encoder_weights=None)'  # else it would download the encoder's first
+        return f"import segmentation_models_pytorch as smp\n\nmodel = {load}"
     if library == "timm":
         scheme = "local-dir" if Path(where).exists() else "hf-hub"
         registers = "\n\nimport hf_bimp.models  # registers this architecture with timm" if is_own(model) else ""

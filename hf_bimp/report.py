@@ -67,7 +67,7 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
     """Everything worth keeping of a finished run, as JSON; `final` are the metrics of the final model."""
     method, log = trainer.method, trainer.state.log_history
     prunings = [_pruning(entry, log) for entry in log if "prune_cycle" in entry]
-    settings = trainer.run_settings()
+    settings, rate = trainer.run_settings(), trainer.throughput.per_second()
     return {
         "method": settings["method"],
         "plan": method.plan.to_dict(),
@@ -80,10 +80,10 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
         "sparsity": sparsities(trainer),
         "theoretical_speedup": trainer.theoretical_speedup(),
         "collapsed_layers": method.masks.collapsed,
-        "allocation": settings["allocation"] or ("global" if settings["granularity"] == "weight" else "uniform"),
+        "allocation": settings["allocation"],
         "criterion": settings["criterion"],
         "granularity": settings["granularity"],
-        "throughput": {"training_samples_per_second": trainer.throughput.per_second(_samples_per_step(trainer))},
+        "throughput": {"training_samples_per_second": rate and rate * trainer.args.world_size},
         "seed": trainer.args.seed,
         "num_processes": trainer.args.world_size,
         "versions": {name: version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
@@ -126,11 +126,6 @@ def sparsities(trainer) -> dict:
         "all_parameters": sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters),
         "per_layer": {name: zeros[name] / weight.numel() for name, weight in trainer.method.masks.weights.items()},
     }
-
-
-def _samples_per_step(trainer) -> int:
-    args = trainer.args
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def measures(results: dict) -> dict[str, float]:

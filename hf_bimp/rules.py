@@ -145,11 +145,15 @@ class NOfMRule(Rule):
         self.n, self.m, self.dimensions = n, m, dimensions
         self.criterion, self.random = criterion, _Random(seed)
 
+    def kept(self, sparsity: float) -> int:
+        """How many of m consecutive inputs stay."""
+        return max(self.n, math.ceil(self.m * (1 - sparsity) - _ROUNDING))
+
     @torch.no_grad()
     def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
         masks = [pruned[name] for name in weights]
         before = selection_of(weights.values(), masks)  # refuses weights that are no numbers
-        kept = max(self.n, math.ceil(self.m * (1 - sparsity) - _ROUNDING))
+        kept = self.kept(sparsity)
         scores = self.random.scores(masks) if self.criterion == "random" else [w.abs() for w in weights.values()]
         for (name, weight), score, mask in zip(weights.items(), scores, masks, strict=True):
             inputs = self.dimensions[name]

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import checkpoint as ckpt
@@ -23,7 +25,14 @@ from .checks import (
     warn_of_unused,
 )
 from .dense import DenseHistory
-from .evaluation import metrics_before_pruning, pruning_metrics, train_accuracy, try_to_count
+from .evaluation import (
+    example_inputs,
+    first_items,
+    metrics_before_pruning,
+    pruning_metrics,
+    train_accuracy,
+    try_to_count,
+)
 from .formats import let_trainer_configure, write_config
 from .methods import IterativeMagnitudePruning
 from .model_card import write_model_card
@@ -141,8 +150,11 @@ class BIMPTrainer(Trainer):
 
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
-        self._multiply_adds, self.throughput = try_to_count(self), Throughput()
-        warn_of_unused(self.method.masks, self._multiply_adds)
+        self._multiply_adds, self.throughput = None, Throughput()
+        # Data without a length may be a stream that gives every item once: counted on its first batch, when it comes.
+        self._waits_for_batch = not has_length(self.train_dataset)
+        if not self._waits_for_batch:
+            self._count(example_inputs(self))
         if self.is_world_process_zero():
             print(plan_table(self.method, self.base_learning_rate, self._dense), flush=True)
         if self.resumed and not float(self.state.epoch or 0).is_integer():
@@ -192,7 +204,15 @@ class BIMPTrainer(Trainer):
         weights = self.method.masks.weights
         return self._multiply_adds.speedup({n: int(w.count_nonzero()) / w.numel() for n, w in weights.items()})
 
+    def _count(self, inputs: dict) -> None:
+        self._multiply_adds = try_to_count(self.model, inputs)
+        warn_of_unused(self.model, self.method.masks, self._multiply_adds)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._waits_for_batch:
+            self._waits_for_batch = False
+            self._count(first_items(self, inputs))
+        self.throughput.trained_on(find_batch_size(inputs) or 0)
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Here and not in on_pre_optimizer_step: clipping comes between, and its norm must not see pruned weights.
         if self.accelerator.sync_gradients:
@@ -245,7 +265,7 @@ class BIMPTrainer(Trainer):
             "keep_zeros": args.keep_zeros,
             "learning_rate": self.base_learning_rate if history is None else None,
             "granularity": args.granularity,
-            "allocation": args.allocation,
+            "allocation": args.allocation or ("global" if args.granularity == "weight" else "uniform"),
             "criterion": args.criterion,
             "random_seed": args.seed if args.criterion == "random" else None,
             "prune_modules": args.prune_modules,

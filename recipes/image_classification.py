@@ -17,8 +17,15 @@ from cli import parse
 from image_data import DataArguments, ImageTransform, load_images, num_classes
 from timm.data import resolve_model_data_config
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
-from vision import Collate, CrossEntropy, Streamed, Transformed, input_name, name_logits, summary
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    TimmWrapperImageProcessor,
+    set_seed,
+)
+from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments, summary
 
 import hf_bimp.models  # noqa: F401, registers cifar_resnet56 and the like with timm
 from hf_bimp import BIMPArguments, BIMPTrainer
@@ -80,13 +87,17 @@ def build_model(args: ModelArguments, classes: int) -> nn.Module:
     )
 
 
-def input_statistics(args: ModelArguments, model: nn.Module) -> tuple[int, tuple, tuple]:
+def input_statistics(
+    args: ModelArguments, model: nn.Module, processor: BaseImageProcessor | None
+) -> tuple[int, tuple, tuple]:
     """Image size, mean and standard deviation that the model expects."""
-    if args.timm_model is not None:
+    if processor is None:
         config = resolve_model_data_config(model)
         size, mean, std = config["input_size"][-1], config["mean"], config["std"]
+    elif isinstance(processor, TimmWrapperImageProcessor):
+        config = processor.data_config
+        size, mean, std = config["input_size"][-1], config["mean"], config["std"]
     else:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
         size = processor.size.get("height") or processor.size["shortest_edge"]
         mean, std = processor.image_mean, processor.image_std
     if args.channels == 1 and len(mean) == 3:
@@ -96,10 +107,13 @@ def input_statistics(args: ModelArguments, model: nn.Module) -> tuple[int, tuple
 
 def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
     """One whole run; what `bimp_results.json` holds in the end."""
+    loss = prepare_arguments(args)
     set_seed(args.seed)
     data = load_images(data_args)
     model = name_logits(build_model(model_args, num_classes(data)))
-    statistics = input_statistics(model_args, model)
+    name = model_args.model_name_or_path
+    processor = None if name is None else AutoImageProcessor.from_pretrained(name)
+    statistics = input_statistics(model_args, model, processor)
     if model_args.timm_model is not None:  # the saved model's configuration tells how to prepare its images
         size, mean, std = statistics
         model.pretrained_cfg |= {"input_size": (model_args.channels, size, size), "mean": mean, "std": std}
@@ -109,14 +123,14 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
         )
         for split, rows in data.items()
     }
-    args.label_names, args.batch_eval_metrics = ["labels"], True
     trainer = BIMPTrainer(
         model=model,
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
         data_collator=Collate(input_name(model)),
-        compute_loss_func=CrossEntropy(args.label_smoothing_factor),
+        processing_class=processor,
+        compute_loss_func=loss,
         compute_metrics=Streamed(Accuracy()),
         preprocess_logits_for_metrics=predicted_classes,
     )

@@ -48,15 +48,19 @@ class DataArguments:
 def load_images(args: DataArguments) -> DatasetDict:
     """Rows {image, label} in the splits train, validation and, unless `test_split` is null, test."""
     data = digits() if args.dataset_name is None else load_dataset(args.dataset_name, args.dataset_config)
-    columns = {args.image_column: "image", args.label_column: "label"} if args.dataset_name else {}
-    missing = {args.validation_split, args.test_split} - {None} - data.keys()
-    if missing or (missing := columns.keys() - set(data["train"].column_names)):
+    columns = {args.image_column: "image", args.label_column: "label"}
+    missing = {"train", args.validation_split, args.test_split} - {None} - data.keys()
+    present = next(iter(data.values())).column_names
+    if missing or (missing := columns.keys() - set(present)):
         raise ValueError(
-            f"{args.dataset_name} has the splits {list(data)} and the columns {data['train'].column_names}, and not: "
+            f"{args.dataset_name or 'The digits'} has the splits {list(data)} and the columns {present}, and not: "
             f"{', '.join(sorted(missing))}. Set validation_split, test_split, image_column and label_column."
         )
+    data = data.select_columns(list(columns))
     data = data.rename_columns({old: new for old, new in columns.items() if old != new})
-    data = data.select_columns(["image", "label"])
+    if data["train"].features["label"].dtype == "string":
+        names = ClassLabel(names=sorted({label for rows in data.values() for label in rows["label"]}))
+        data = data.cast_column("label", names)
     train = data["train"]
     if args.max_train_samples is not None:
         train = train.shuffle(seed=args.split_seed).select(range(min(args.max_train_samples, len(train))))
@@ -91,7 +95,7 @@ def digits() -> DatasetDict:
 
 def num_classes(data: DatasetDict) -> int:
     feature = data["train"].features["label"]
-    return feature.num_classes if isinstance(feature, ClassLabel) else max(data["train"]["label"]) + 1
+    return feature.num_classes if isinstance(feature, ClassLabel) else max(max(d["label"]) for d in data.values()) + 1
 
 
 class ImageTransform:

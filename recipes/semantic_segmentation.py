@@ -19,12 +19,19 @@ from cli import parse
 from segmentation_data import DataArguments, SegmentationTransform, load_segmentations
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, set_seed
-from vision import Collate, CrossEntropy, Streamed, Transformed, input_name, name_logits, summary
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    set_seed,
+)
+from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments, summary
 
 from hf_bimp import BIMPArguments, BIMPTrainer
 from hf_bimp.evaluation import predicted_classes
 from hf_bimp.metrics import MeanIoU
+from hf_bimp.prunable import PRUNABLE_MODULES
 from hf_bimp.report import write_results
 
 DEFAULT_CONFIG = "segmentation_sample.yaml"
@@ -63,10 +70,6 @@ class ModelArguments:
             )
 
 
-class Config(dict):
-    """The configuration of a model of segmentation-models-pytorch; Trainer sets attributes on configurations."""
-
-
 ARGUMENTS = (DataArguments, ModelArguments, BIMPArguments)
 
 
@@ -84,7 +87,6 @@ def build_model(args: ModelArguments, classes: int) -> nn.Module:
                 classes=classes,
                 **(args.model_kwargs or {}),
             )
-        model._hub_mixin_config = Config(model.config)  # model.config gives this, and cannot be set
         return model
     if args.config_only:
         config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=classes)
@@ -94,11 +96,10 @@ def build_model(args: ModelArguments, classes: int) -> nn.Module:
     )
 
 
-def input_statistics(args: ModelArguments) -> tuple[tuple, tuple]:
+def input_statistics(args: ModelArguments, processor: BaseImageProcessor | None) -> tuple[tuple, tuple]:
     """Mean and standard deviation that the model expects: those of its pretraining, by default ImageNet's."""
     mean, std = None, None
-    if args.model_name_or_path is not None:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    if processor is not None:
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     elif args.encoder_weights is not None:  # asks the Hub, as the weights do
         expected = smp.encoders.get_preprocessing_params(args.encoder_name, args.encoder_weights)
@@ -118,14 +119,13 @@ def freeze_unused(model: nn.Module, size: list[int]) -> list[str]:
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     for name in unused:
         parameters[name].requires_grad_(False)
-    layers = {name.rpartition(".")[0] for name in unused if parameters[name].ndim > 1}
-    return [f"^{re.escape(layer)}$" for layer in sorted(layers)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, PRUNABLE_MODULES)]
+    return [f"^{re.escape(layer)}$" for layer in layers if f"{layer}.weight" in unused]
 
 
 def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
     """One whole run; what `bimp_results.json` holds in the end."""
-    if args.dataloader_drop_last:
-        raise ValueError("dataloader_drop_last would leave images out of evaluations too: remove it.")
+    loss = prepare_arguments(args)
     set_seed(args.seed)
     data = load_segmentations(data_args)
     if len(data["train"]) % args.train_batch_size == 1:  # DeepLabV3's pooling cannot be normalised over one image
@@ -133,19 +133,21 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
     model = name_logits(build_model(model_args, data_args.num_classes))
     if unused := freeze_unused(model, data_args.crop_size or data_args.image_size):
         args.skip_modules = [*(args.skip_modules or ()), *unused]
-    statistics = input_statistics(model_args)
+    name = model_args.model_name_or_path
+    processor = None if name is None else AutoImageProcessor.from_pretrained(name)
+    statistics = input_statistics(model_args, processor)
     sets = {
         split: Transformed(rows, SegmentationTransform(data_args, *statistics, training=split == "train"))
         for split, rows in data.items()
     }
-    args.label_names, args.batch_eval_metrics = ["labels"], True
     trainer = BIMPTrainer(
         model=model,
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
         data_collator=Collate(input_name(model)),
-        compute_loss_func=CrossEntropy(args.label_smoothing_factor),
+        processing_class=processor,
+        compute_loss_func=loss,
         compute_metrics=Streamed(MeanIoU(data_args.num_classes)),
         preprocess_logits_for_metrics=predicted_classes,
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 
+from hf_bimp import BIMPArguments
+
 
 def _named(module: nn.Module, inputs: tuple, output: Tensor | dict) -> dict[str, Tensor]:
     return {"logits": output} if torch.is_tensor(output) else output
@@ -79,6 +81,19 @@ class Transformed(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.transform(self.rows[index])
+
+
+def prepare_arguments(args: BIMPArguments) -> CrossEntropy:
+    """Sets what these recipes need of the arguments; the loss, which takes over the label smoothing.
+
+    Raises `ValueError` for arguments that the recipes cannot work with.
+    """
+    if args.dataloader_drop_last:
+        raise ValueError("dataloader_drop_last would leave images out of evaluations too: remove it.")
+    loss = CrossEntropy(args.label_smoothing_factor)
+    args.label_smoothing_factor = 0.0  # Trainer's own expects language models
+    args.label_names, args.batch_eval_metrics = ["labels"], True
+    return loss
 
 
 def summary(results: dict, metric: str, directory: Path) -> str:

@@ -103,9 +103,8 @@ def main() -> None:
     study["common"] = {k: v for k, v in base.items() if k not in pruning_keys} | study.get("overrides", {}) | given
     recipe = importlib.import_module(study["recipe"])
     output_dir = args.output_dir.absolute()
-    dense_config = (
-        study["common"] | study["dense"] | {"method": "dense", "save_strategy": "steps", "save_steps": 10**9}
-    )
+    dense_config = study["common"] | study["dense"] | {"method": "dense"}
+    dense_config |= {"save_strategy": "epoch", "save_total_limit": 1}
     results = {name: [(choice, []) for choice in combinations(grid)] for name, grid in study["grids"].items()}
     total = len(study["seeds"]) * (1 + sum(map(len, results.values())))
     with tqdm(total=total, unit="run") as progress:

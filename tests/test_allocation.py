@@ -1,5 +1,6 @@
 """Allocations against slow, obvious NumPy versions, over several prunings of random layers."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -93,7 +94,9 @@ def test_layers_get_their_shares(shapes, seed, steps, allocation, criterion, fir
     for sparsity in sorted(steps):
         k = round(sparsity * masks.num_weights)
         if k > round(max_sparsity(allocation, layers) * masks.num_weights) and k > len(pruned):
-            with pytest.raises(ValueError, match=f"{max_sparsity(allocation, layers):.4f} is the maximum"):
+            with pytest.raises(
+                ValueError, match=f"{math.floor(max_sparsity(allocation, layers) * 1e4) / 1e4} is the max"
+            ):
                 masks.check_reachable([sparsity])
             return
         values = {name: w.detach().numpy().copy() for name, w in weights.items()}
@@ -140,7 +143,7 @@ def test_uniform_plus_leaves_the_first_convolution_and_a_fifth_of_the_last_layer
     most = total - 108 - 16
     assert max_sparsity("uniform_plus", layers) == most / total
     assert layer_counts("uniform_plus", layers, most) == [0, 288, 576, 64]
-    with pytest.raises(ValueError, match=rf"{most / total:.4f} is the maximum"):
+    with pytest.raises(ValueError, match=f"{math.floor(most / total * 1e4) / 1e4} is the maximum"):
         layer_counts("uniform_plus", layers, most + 1)
 
 

@@ -93,6 +93,44 @@ def test_a_transformers_model_on_a_local_folder_with_filters(tmp_path, folder) -
     assert (stem == 0).flatten(1).all(1).sum() == 4
 
 
+def run_here(directory: Path, **changes) -> dict:
+    """The recipe in this process, on a few digits."""
+    from cli import parse_config
+    from image_classification import ARGUMENTS
+    from image_classification import run as run_recipe
+
+    config = yaml.safe_load((RECIPES / "configs" / "digits_resnet20.yaml").read_text())
+    config |= {"use_cpu": True, "max_steps": 4, "max_train_samples": 60, "max_test_samples": 20}
+    config |= {"eval_strategy": "no", "output_dir": str(directory), "num_cycles": 1, "disable_tqdm": True}
+    config = {name: value for name, value in (config | changes).items() if value is not None}
+    return run_recipe(*parse_config(ARGUMENTS, config))
+
+
+def test_label_smoothing_of_a_timm_model(tmp_path) -> None:
+    smooth, plain = (run_here(tmp_path / str(s), label_smoothing_factor=s) for s in (0.3, 0.0))
+    assert smooth["final"]["loss"] != plain["final"]["loss"] and smooth["test"]["accuracy"] >= 0
+
+
+def test_a_timm_checkpoint_through_transformers_and_its_result_again(tmp_path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    save_for_hf(timm.create_model("resnet10t"), tmp_path / "timm", safe_serialization=True)
+    wrapper = {"timm_model": None, "channels": 3, "image_size": 32}
+    first = run_here(tmp_path / "one", model_name_or_path=str(tmp_path / "timm"), **wrapper)
+    assert first["sparsity"]["prunable"] == pytest.approx(0.9, abs=1e-3)
+    sparse = {"keep_zeros": True, "target_sparsity": 0.95, "dense_ratio": 0.0}
+    again = run_here(tmp_path / "two", model_name_or_path=str(tmp_path / "one"), **wrapper, **sparse)
+    assert again["plan"]["initial_sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert again["sparsity"]["prunable"] == pytest.approx(0.95, abs=1e-3)
+
+
+def test_evaluation_without_its_last_images_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="dataloader_drop_last"):
+        run_here(tmp_path, dataloader_drop_last=True)
+
+
 def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
     base = yaml.safe_load((RECIPES / "configs" / "digits_resnet20.yaml").read_text())
     base |= {"max_train_samples": 80, "max_test_samples": 20, "eval_strategy": "no", "save_strategy": "no"}

@@ -7,6 +7,7 @@ import torch
 from helpers import classification_items, classifier, matrices
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import IterableDataset
 from trainers import assert_same_tensors, make_trainer, pruning_records
 
 from hf_bimp import LayerCollapseError
@@ -72,13 +73,16 @@ def test_throughput_counts_only_steps_that_follow_each_other(monkeypatch) -> Non
     clock = iter([0.0, 1.0, 3.0, 100.0, 101.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     throughput = Throughput()
-    assert throughput.per_second(10) is None
-    for _ in range(3):
+    assert throughput.per_second() is None
+    for samples in (10, 10, 4):
+        throughput.trained_on(samples)
         throughput.step_ended()
     throughput.interrupted()
-    for _ in range(2):
+    for samples in (10, 6):
+        throughput.trained_on(samples // 2)  # two micro-batches
+        throughput.trained_on(samples // 2)
         throughput.step_ended()
-    assert throughput.per_second(10) == 10 * 3 / 4
+    assert throughput.per_second() == (10 + 4 + 6) / 4
 
 
 def with_a_tiny_layer() -> nn.Module:
@@ -124,15 +128,61 @@ def test_every_rule_resumes_as_if_uninterrupted(tmp_path, allocation, criterion)
 
 def test_resuming_under_another_rule_is_refused(tmp_path) -> None:
     make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
-    with pytest.raises(ValueError, match="allocation: None there, erk now"):
+    with pytest.raises(ValueError, match="allocation: global there, erk now"):
         make_trainer(tmp_path, allocation="erk").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_what_uniform_plus_cannot_reach_is_refused_before_training(tmp_path) -> None:
     trainer = make_trainer(tmp_path, allocation="uniform_plus", target_sparsity=0.99)
-    with pytest.raises(ValueError, match=r"0\.9323 is the maximum here"):
+    with pytest.raises(ValueError, match=r"0\.9322 is the maximum here"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Once(IterableDataset):
+    """A stream that gives every item once."""
+
+    def __init__(self, items: list[dict]):
+        self.stream = iter(items)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        return next(self.stream)
+
+
+def test_a_stream_is_trained_on_from_its_first_item_to_its_last(tmp_path) -> None:
+    items = classification_items(96)  # as many as 12 steps of 8 need
+    streamed, traced = (
+        make_trainer(tmp_path / "a", items=Once(items), allocation="erk"),
+        make_trainer(tmp_path / "b", items=Once(items), granularity="filter", target_sparsity=0.5),
+    )
+    streamed.train()
+    assert streamed.state.global_step == 12 and streamed.results["theoretical_speedup"] > 1
+    with pytest.raises(ValueError, match="gives every item only once"):
+        traced.train()
+
+
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x, labels=None):
+        logits = self.head(self.encoder(x[:, None])[:, 0])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_attention_that_torch_runs_without_its_layers_is_not_called_unused(tmp_path, caplog) -> None:
+    make_trainer(tmp_path, Attentive()).train()
+    assert "does not use" not in caplog.text
+
+
+def test_cycles_of_a_pattern_that_prune_nothing_are_said(tmp_path, caplog) -> None:
+    make_trainer(tmp_path, granularity="1:2", target_sparsity=None).train()
+    assert "[2, 1] of 2 in the cycles of this plan, so that cycle 1 prunes nothing" in caplog.text
 
 
 def test_weights_that_the_model_does_not_use_are_named(tmp_path, caplog) -> None:
