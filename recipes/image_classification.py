@@ -22,6 +22,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    TimmWrapperConfig,
     TimmWrapperImageProcessor,
     set_seed,
 )
@@ -79,11 +80,14 @@ def build_model(args: ModelArguments, classes: int) -> nn.Module:
             in_chans=args.channels,
             **(args.model_kwargs or {}),
         )
+    config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=classes)
+    if isinstance(config, TimmWrapperConfig) and config.model_args:
+        # timm writes the number of classes among the arguments too, and Transformers would give it twice.
+        config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
     if args.config_only:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=classes)
         return AutoModelForImageClassification.from_config(config)
     return AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path, num_labels=classes, ignore_mismatched_sizes=True
+        args.model_name_or_path, config=config, ignore_mismatched_sizes=True
     )
 
 
