@@ -49,7 +49,8 @@ def pruning_config(study: dict, grid: dict, choice: dict, dense: dict, dense_dir
     config = study["common"] | grid.get("fixed", {}) | choice | {study["model_key"]: f"local-dir:{dense_dir}"}
     steps = dense["plan"]["total_steps"]
     ratio = config.pop("retrain_ratio")
-    return config | {"dense_ratio": 0.0, "dense_steps": steps, "max_steps": round(ratio * steps), "seed": seed}
+    budget = {"dense_ratio": 0.0, "dense_steps": steps, "max_steps": round(ratio * steps)}
+    return config | budget | {"seed": seed, "save_strategy": "no"}
 
 
 def cells(study: dict, choice: dict, runs: list[dict]) -> list[str]:
