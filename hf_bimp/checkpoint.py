@@ -5,16 +5,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .dense import DenseHistory
-from .formats import library_of
 
 STATE_NAME = "bimp_state.json"
 MASKS_NAME = "bimp_masks.safetensors"
@@ -83,28 +78,6 @@ def find_dense_history(name_or_path: str) -> DenseHistory | None:
         return None
     history = path and json.loads(Path(path).read_text(encoding="utf-8"))["dense_history"]
     return DenseHistory(**history) if history else None
-
-
-def weights_trainer_misses(model: nn.Module, checkpoint: str) -> dict[str, Tensor] | None:
-    """The state dict of a saved model that `Trainer` would not load when it resumes; None where it does.
-
-    Transformers writes some models (Segformer) under the names that the Hub knows. `from_pretrained` translates them
-    back, but `Trainer` warns of missing keys and goes on with the weights that it was given. Models of
-    segmentation-models-pytorch do not take the arguments with which it loads.
-    """
-    if library_of(model) == "segmentation_models_pytorch":
-        return load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
-    if not isinstance(model, PreTrainedModel):
-        return None
-    index = Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    else:
-        with safe_open(Path(checkpoint) / SAFE_WEIGHTS_NAME, "pt") as file:
-            names = set(file.keys())
-    if names <= model.state_dict().keys():
-        return None
-    return type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype).state_dict()
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -87,9 +87,14 @@ def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if labels.ndim < 3:
         return logits.argmax(-1)
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    return logits.argmax(1)
+    return resized(logits, labels).argmax(1)
+
+
+def resized(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (items, classes, h, w) at the height and width of `labels` (items, H, W): many models give a quarter."""
+    if logits.shape[-2:] == labels.shape[-2:]:
+        return logits
+    return nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()

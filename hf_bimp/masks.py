@@ -57,11 +57,9 @@ class Masks:
         """Names of the weights that have nothing left: nothing passes through their layers."""
         return [name for name in self.weights if self.pruned and bool(self.pruned[name].all())]
 
-    def check_reachable(self, sparsities: Sequence[float]) -> None:
+    def check_plan(self, sparsities: Sequence[float]) -> None:
         """Raises `ValueError` where the rule cannot prune to one of these sparsities, one after the other."""
-        pruned = self.pruned or self._empty()
-        for sparsity in sparsities:
-            self.rule.check_reachable(self.weights, pruned, sparsity)
+        self.rule.check_plan(self.weights, self.pruned or self._empty(), sparsities)
 
     def prune(self, sparsity: float) -> Selection:
         """Prunes to `sparsity` as the rule says: exactly `round(sparsity * num_weights)` where it ranks weights."""

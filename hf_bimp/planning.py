@@ -10,7 +10,6 @@ from .dense import DenseHistory
 from .evaluation import example_inputs
 from .masks import Masks
 from .plan import Plan, make_plan
-from .rules import NOfMRule
 from .targets import make_masks
 
 logger = logging.get_logger(__name__)
@@ -48,15 +47,7 @@ def run_plan(trainer, masks: Masks, num_training_steps: int) -> Plan:
     plan = make_plan(
         num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
     )
-    masks.check_reachable(plan.sparsities)
-    if isinstance(masks.rule, NOfMRule):
-        kept = [masks.rule.m, *(masks.rule.kept(sparsity) for sparsity in plan.sparsities)]
-        idle = [j for j in range(1, len(kept)) if kept[j] == kept[j - 1]]
-        if idle:
-            logger.warning(
-                f"granularity={args.granularity!r} keeps whole inputs, {kept[1:]} of {masks.rule.m} in the cycles of "
-                f"this plan, so that cycle {', '.join(map(str, idle))} prunes nothing. Use fewer cycles."
-            )
+    masks.check_plan(plan.sparsities)
     zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
     if plan.num_cycles and not args.keep_zeros and not resumed and zeros > 0.05:
         logger.warning(

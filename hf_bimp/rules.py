@@ -5,13 +5,14 @@ A rule marks, in the boolean tensors that it is given, what is to be zero at a s
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .allocation import ALLOCATIONS, Layer, layer_counts
 from .filters import FilterGroup, Rows
@@ -21,6 +22,8 @@ from .selection import Selection, combined, prune_smallest, selection_of
 CRITERIA = ("magnitude", "random")
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 _ROUNDING = 1e-9  # a count that is missed by rounding error alone is met
+
+logger = logging.get_logger(__name__)
 
 
 def check_rule(granularity: str, allocation: str | None, criterion: str) -> None:
@@ -43,8 +46,10 @@ class Rule(Protocol):
 
     def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection: ...
 
-    def check_reachable(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> None:
-        """Raises `ValueError` where the rule cannot prune this much."""
+    def check_plan(
+        self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsities: Sequence[float]
+    ) -> None:
+        """Raises `ValueError` where the rule cannot prune this much, and warns where a pruning would do nothing."""
 
     def mark_attached(self, pruned: dict[str, Tensor]) -> None:
         """Marks what hangs on pruned weights: nothing, but for filters."""
@@ -66,17 +71,12 @@ def n_of_m_dimension(module: nn.Module) -> int:
     return 0 if isinstance(module, (_ConvTransposeNd, Conv1D)) else 1
 
 
-class _Random:
-    """Random scores in (0, 1], the same in every process and after a resume: seed and progress decide them."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def scores(self, pruned: list[Tensor]) -> list[Tensor]:
-        done = sum(int(mask.sum()) for mask in pruned)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done)
-        drawn = [1 - torch.rand(mask.shape, generator=generator) for mask in pruned]
-        return [score.to(mask.device).masked_fill_(mask, 0) for score, mask in zip(drawn, pruned, strict=True)]
+def _random_scores(seed: int, pruned: list[Tensor]) -> list[Tensor]:
+    """Scores in (0, 1], 0 where pruned: the same in every process and after a resume, as seed and progress decide."""
+    done = sum(int(mask.sum()) for mask in pruned)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
+    drawn = [1 - torch.rand(mask.shape, generator=generator) for mask in pruned]
+    return [score.to(mask.device).masked_fill_(mask, 0) for score, mask in zip(drawn, pruned, strict=True)]
 
 
 class WeightRule(Rule):
@@ -95,13 +95,17 @@ class WeightRule(Rule):
         first_convolution: str | None = None,
         last_linear: str | None = None,
     ):
-        self.allocation, self.criterion, self.random = allocation, criterion, _Random(seed)
+        self.allocation, self.criterion, self.seed = allocation, criterion, seed
         self.first_convolution, self.last_linear = first_convolution, last_linear
 
-    def check_reachable(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> None:
-        if self.allocation not in ("global", "lamp"):
-            k = round(sparsity * sum(weight.numel() for weight in weights.values()))
-            layer_counts(self.allocation, self.layers(weights, pruned), k)
+    def check_plan(
+        self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsities: Sequence[float]
+    ) -> None:
+        if self.allocation in ("global", "lamp"):
+            return  # they reach any
+        size, layers = sum(weight.numel() for weight in weights.values()), self.layers(weights, pruned)
+        for sparsity in sparsities:
+            layer_counts(self.allocation, layers, round(sparsity * size))
 
     def layers(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor]) -> list[Layer]:
         return [
@@ -120,7 +124,7 @@ class WeightRule(Rule):
         done = sum(int(mask.sum()) for mask in masks)
         if k < done:
             raise ValueError(f"{done} weights are pruned already, and {k} would be fewer: masks only grow.")
-        scores = self.random.scores(masks) if self.criterion == "random" else None
+        scores = _random_scores(self.seed, masks) if self.criterion == "random" else None
         if self.allocation == "global":
             return prune_smallest(values, masks, k, scores)
         if self.allocation == "lamp":
@@ -143,18 +147,30 @@ class NOfMRule(Rule):
 
     def __init__(self, n: int, m: int, dimensions: dict[str, int], criterion: str = "magnitude", seed: int = 0):
         self.n, self.m, self.dimensions = n, m, dimensions
-        self.criterion, self.random = criterion, _Random(seed)
+        self.criterion, self.seed = criterion, seed
 
     def kept(self, sparsity: float) -> int:
         """How many of m consecutive inputs stay."""
         return max(self.n, math.ceil(self.m * (1 - sparsity) - _ROUNDING))
+
+    def check_plan(
+        self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsities: Sequence[float]
+    ) -> None:
+        kept = [self.m, *map(self.kept, sparsities)]
+        if idle := [str(j) for j in range(1, len(kept)) if kept[j] == kept[j - 1]]:
+            logger.warning(
+                f"granularity='{self.n}:{self.m}' keeps whole inputs, {kept[1:]} of {self.m} in the cycles of this "
+                f"plan, so that cycle {', '.join(idle)} prunes nothing. Use fewer cycles."
+            )
 
     @torch.no_grad()
     def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
         masks = [pruned[name] for name in weights]
         before = selection_of(weights.values(), masks)  # refuses weights that are no numbers
         kept = self.kept(sparsity)
-        scores = self.random.scores(masks) if self.criterion == "random" else [w.abs() for w in weights.values()]
+        scores = (
+            _random_scores(self.seed, masks) if self.criterion == "random" else [w.abs() for w in weights.values()]
+        )
         for (name, weight), score, mask in zip(weights.items(), scores, masks, strict=True):
             inputs = self.dimensions[name]
             ranked = score.masked_fill(mask, -1).movedim(inputs, -1)
@@ -174,12 +190,12 @@ class FilterRule(Rule):
     """
 
     def __init__(self, groups: list[FilterGroup], criterion: str = "magnitude", seed: int = 0):
-        self.groups, self.criterion, self.random = groups, criterion, _Random(seed)
+        self.groups, self.criterion, self.seed = groups, criterion, seed
 
     @torch.no_grad()
     def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
         gone = [self._gone(group, pruned) for group in self.groups]
-        drawn = self.random.scores(gone) if self.criterion == "random" else None
+        drawn = _random_scores(self.seed, gone) if self.criterion == "random" else None
         for i, group in enumerate(self.groups):
             scores = self._norms(group, weights) if drawn is None else drawn[i].cpu()
             if not scores.isfinite().all():

@@ -5,17 +5,17 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoint import write_json
 from .filters import find_filter_groups
+from .formats import build, write_config
 from .prunable import find_prunable
 from .removal import TOLERANCE, cpu_copy, cpu_inputs, output_difference, remove_channels, zero_filters
 from .tracing import Inputs
@@ -72,8 +72,8 @@ def save_shrunk(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SHRUNK_NAME).unlink(missing_ok=True)  # its presence says that everything else is whole
-    origin = _write_config(model, directory)
-    dense = None if origin is None else _build(origin, directory)
+    origin = write_config(model, directory)
+    dense = None if origin is None else build(origin, directory)
     if dense is not None and list(dense.state_dict()) != list(model.state_dict()):
         logger.warning(
             f"{type(model).__name__} was changed after it was made, so that its config does not describe it. Load it "
@@ -108,7 +108,7 @@ def load_shrunk(directory: str | Path, model: nn.Module | None = None) -> nn.Mod
             f"{directory} does not say how its architecture is built. Build the dense model as before training, and "
             f"give it along: load_shrunk({str(directory)!r}, model)."
         )
-    model = _build(content["origin"], directory) if model is None else copy.deepcopy(model).cpu()
+    model = build(content["origin"], directory) if model is None else copy.deepcopy(model).cpu()
     model.to(getattr(torch, content["dtype"]))
     weights = directory / SAFE_WEIGHTS_NAME
     _resize(model, content["widths"], weights)
@@ -147,44 +147,3 @@ def _resize(model: nn.Module, widths: dict[str, dict[str, int]], weights: Path) 
                 if empty.shape != tensor.shape:
                     is_parameter = isinstance(tensor, nn.Parameter)
                     setattr(module, kind, nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty)
-
-
-def _write_config(model: nn.Module, directory: Path) -> dict[str, str] | None:
-    """Writes the architecture before shrinking in its library's own format, and returns how to read it."""
-    name = type(model).__name__
-    if isinstance(model, transformers.PreTrainedModel) and type(model).__module__.startswith("transformers."):
-        model.config.save_pretrained(directory)
-        if model.can_generate():
-            model.generation_config.save_pretrained(directory)
-        return {"library": "transformers", "name": name}
-    if type(model).__module__.startswith("segmentation_models_pytorch."):
-        write_json(directory / CONFIG_NAME, {"_model_class": name, **model.config})
-        return {"library": "segmentation_models_pytorch", "name": name}
-    if "architecture" in (vars(model).get("pretrained_cfg") or {}):  # as every model made by timm.create_model
-        from timm.models._hub import save_config_for_hf  # the only writer of timm's format
-
-        save_config_for_hf(model, str(directory / CONFIG_NAME))
-        return {"library": "timm", "name": model.pretrained_cfg["architecture"]}
-    return None
-
-
-def _build(origin: dict[str, str], directory: Path) -> nn.Module:
-    """The architecture before shrinking, with random weights, from what `_write_config` left."""
-    with torch.random.fork_rng(devices=[]):
-        if origin["library"] == "transformers":
-            model = getattr(transformers, origin["name"])(transformers.AutoConfig.from_pretrained(directory))
-            if (directory / GENERATION_CONFIG_NAME).is_file():
-                model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-            return model
-        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-        if origin["library"] == "segmentation_models_pytorch":
-            import segmentation_models_pytorch
-
-            arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-            arguments["encoder_weights"] = None  # nothing to download: all weights are replaced
-            return getattr(segmentation_models_pytorch, origin["name"])(**arguments)
-        import timm
-
-        from . import models  # noqa: F401  registers the CIFAR models
-
-        return timm.create_model(origin["name"], pretrained=False, **config.get("model_args", {}))

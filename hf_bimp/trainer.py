@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
@@ -33,7 +33,7 @@ from .evaluation import (
     train_accuracy,
     try_to_count,
 )
-from .formats import let_trainer_configure, write_config
+from .formats import let_trainer_configure, weights_trainer_misses, write_config
 from .methods import IterativeMagnitudePruning
 from .model_card import write_model_card
 from .plan import Plan
@@ -62,10 +62,12 @@ class BIMPTrainer(Trainer):
     is_measuring = False  # whether metrics around a pruning are being taken
     ignore_keys_for_eval: list[str] | None = None  # as given to train()
     _multiply_adds: MultiplyAdds | None = None  # of one pass over two training items
+    _waits_for_batch = False  # whether they are counted on the first batch
     results: dict | None = None  # of the finished run, as in bimp_results.json
 
     def __init__(self, model=None, *args, **kwargs):
         let_trainer_configure(model)
+        self.throughput = Throughput()
         super().__init__(model, *args, **kwargs)
         if not isinstance(self.args, BIMPArguments):
             raise ValueError(
@@ -277,7 +279,7 @@ class BIMPTrainer(Trainer):
         if self.args.should_save:
             ckpt.forget_completion(output_dir)
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save and not isinstance(self.model, PreTrainedModel):  # they have written theirs
             write_config(self.model, Path(output_dir))
         if self.args.should_save and self.method is not None:
             is_dense_over = self.state.global_step >= self.plan.dense_steps or self._recorded is not self._history
@@ -296,14 +298,14 @@ class BIMPTrainer(Trainer):
         return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        weights = ckpt.weights_trainer_misses(self.model, resume_from_checkpoint)
+        weights = weights_trainer_misses(self.model, resume_from_checkpoint)
         if weights is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.model.load_state_dict(weights)
 
     def _load_best_model(self):
-        weights = ckpt.weights_trainer_misses(self.model, self.state.best_model_checkpoint)
+        weights = weights_trainer_misses(self.model, self.state.best_model_checkpoint)
         if weights is None:
             super()._load_best_model()
         else:

@@ -10,11 +10,11 @@ command line; the optimizer is `optim` with `optim_args`.
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import timm
 from cli import parse
 from image_data import DataArguments, ImageTransform, load_images, num_classes
+from outcome import report, train_and_test
 from timm.data import resolve_model_data_config
 from torch import nn
 from transformers import (
@@ -26,13 +26,12 @@ from transformers import (
     TimmWrapperImageProcessor,
     set_seed,
 )
-from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments, summary
+from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
 
 import hf_bimp.models  # noqa: F401, registers cifar_resnet56 and the like with timm
 from hf_bimp import BIMPArguments, BIMPTrainer
 from hf_bimp.evaluation import predicted_classes
 from hf_bimp.metrics import Accuracy
-from hf_bimp.report import write_results
 
 DEFAULT_CONFIG = "digits_resnet20.yaml"
 
@@ -95,11 +94,8 @@ def input_statistics(
     args: ModelArguments, model: nn.Module, processor: BaseImageProcessor | None
 ) -> tuple[int, tuple, tuple]:
     """Image size, mean and standard deviation that the model expects."""
-    if processor is None:
-        config = resolve_model_data_config(model)
-        size, mean, std = config["input_size"][-1], config["mean"], config["std"]
-    elif isinstance(processor, TimmWrapperImageProcessor):
-        config = processor.data_config
+    if processor is None or isinstance(processor, TimmWrapperImageProcessor):
+        config = resolve_model_data_config(model) if processor is None else processor.data_config
         size, mean, std = config["input_size"][-1], config["mean"], config["std"]
     else:
         size = processor.size.get("height") or processor.size["shortest_edge"]
@@ -138,24 +134,14 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
         compute_metrics=Streamed(Accuracy()),
         preprocess_logits_for_metrics=predicted_classes,
     )
-    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=resume)
-    if "test" in sets:
-        test = trainer.evaluate(sets["test"], metric_key_prefix="test")
-        trainer.results["test"] = {name.removeprefix("test_"): value for name, value in test.items()}
-    if trainer.is_world_process_zero():
-        write_results(args.output_dir, trainer.results)
-        print(summary(trainer.results, "accuracy", Path(args.output_dir).absolute()), flush=True)
+    results = train_and_test(trainer, sets.get("test"))
     card = {
         "tasks": "image-classification",
         "dataset": data_args.dataset_name or "scikit-learn digits",
         "finetuned_from": model_args.model_name_or_path,
     }
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-    return trainer.results
+    report(trainer, "accuracy", card)
+    return results
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image
+from splits import SplitArguments, load_columns, make_splits
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
@@ -16,13 +17,9 @@ SAMPLE_IGNORED = 255
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SplitArguments):
     """Which images and masks, how many of them, and how they are augmented."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder. By default scikit-learn's digits, offline."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     mask_column: str = field(default="annotation", metadata={"help": "Column of the masks, a class per pixel."})
     num_classes: int | None = field(
@@ -31,16 +28,6 @@ class DataArguments:
     ignore_index: int | None = field(
         default=None, metadata={"help": "Pixels of this class in the masks (often 255) count neither way."}
     )
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Split to validate on. By default a tenth of the training data is held out."}
-    )
-    validation_share: float = field(default=0.1, metadata={"help": "Share of the training data held out."})
-    split_seed: int = field(default=0, metadata={"help": "Decides what is held out; the same in every run."})
-    test_split: str | None = field(default="test", metadata={"help": "Split to test on in the end; null for none."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many of the training images, held-out ones included."}
-    )
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use only so many of the test images."})
     image_size: list[int] = field(
         default_factory=lambda: [48, 48],
         metadata={"help": "Height and width that images are resized to fit in; the rest is padding that is ignored."},
@@ -57,8 +44,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must lie in (0, 1).")
+        super().__post_init__()
         for name in ("image_size", "crop_size"):
             size = getattr(self, name)
             if size is not None and (len(size) != 2 or min(size) < 1):
@@ -73,29 +59,7 @@ class DataArguments:
 
 def load_segmentations(args: DataArguments) -> DatasetDict:
     """Rows {image, mask} in the splits train, validation and, unless `test_split` is null, test."""
-    data = pasted_digits() if args.dataset_name is None else load_dataset(args.dataset_name, args.dataset_config)
-    columns = {args.image_column: "image", args.mask_column: "mask"}
-    missing = {"train", args.validation_split, args.test_split} - {None} - data.keys()
-    present = next(iter(data.values())).column_names
-    if missing or (missing := columns.keys() - set(present)):
-        raise ValueError(
-            f"{args.dataset_name or 'The sample'} has the splits {list(data)} and the columns {present}, and not: "
-            f"{', '.join(sorted(missing))}. Set validation_split, test_split, image_column and mask_column."
-        )
-    data = data.select_columns(list(columns))
-    data = data.rename_columns({old: new for old, new in columns.items() if old != new})
-    train = data["train"]
-    if args.max_train_samples is not None:
-        train = train.shuffle(seed=args.split_seed).select(range(min(args.max_train_samples, len(train))))
-    if args.validation_split is None:
-        halves = train.train_test_split(args.validation_share, seed=args.split_seed)
-        splits = {"train": halves["train"], "validation": halves["test"]}
-    else:
-        splits = {"train": train, "validation": data[args.validation_split]}
-    if args.test_split is not None:
-        test = data[args.test_split]
-        splits["test"] = test.select(range(min(args.max_test_samples or len(test), len(test))))
-    return DatasetDict(splits)
+    return make_splits(args, load_columns(args, {args.image_column: "image", args.mask_column: "mask"}, pasted_digits))
 
 
 def pasted_digits() -> DatasetDict:

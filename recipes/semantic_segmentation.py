@@ -11,11 +11,11 @@ command line; the optimizer is `optim` with `optim_args`. Metrics are taken at `
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
 from cli import parse
+from outcome import report, train_and_test
 from segmentation_data import DataArguments, SegmentationTransform, load_segmentations
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -26,13 +26,12 @@ from transformers import (
     BaseImageProcessor,
     set_seed,
 )
-from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments, summary
+from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
 
 from hf_bimp import BIMPArguments, BIMPTrainer
 from hf_bimp.evaluation import predicted_classes
 from hf_bimp.metrics import MeanIoU
 from hf_bimp.prunable import PRUNABLE_MODULES
-from hf_bimp.report import write_results
 
 DEFAULT_CONFIG = "segmentation_sample.yaml"
 LOCAL = "local-dir:"
@@ -100,7 +99,7 @@ def input_statistics(args: ModelArguments, processor: BaseImageProcessor | None)
     """Mean and standard deviation that the model expects: those of its pretraining, by default ImageNet's."""
     mean, std = None, None
     if processor is not None:
-        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+        mean, std = processor.image_mean, processor.image_std
     elif args.encoder_weights is not None:  # asks the Hub, as the weights do
         expected = smp.encoders.get_preprocessing_params(args.encoder_name, args.encoder_weights)
         mean, std = expected["mean"], expected["std"]
@@ -151,24 +150,14 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
         compute_metrics=Streamed(MeanIoU(data_args.num_classes)),
         preprocess_logits_for_metrics=predicted_classes,
     )
-    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=resume)
-    if "test" in sets:
-        test = trainer.evaluate(sets["test"], metric_key_prefix="test")
-        trainer.results["test"] = {name.removeprefix("test_"): value for name, value in test.items()}
-    if trainer.is_world_process_zero():
-        write_results(args.output_dir, trainer.results)
-        print(summary(trainer.results, "miou", Path(args.output_dir).absolute()), flush=True)
+    results = train_and_test(trainer, sets.get("test"))
     card = {
         "tasks": "image-segmentation",
         "dataset": data_args.dataset_name or "scikit-learn digits",
         "finetuned_from": model_args.model_name_or_path,
     }
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-    return trainer.results
+    report(trainer, "miou", card)
+    return results
 
 
 def main() -> None:

@@ -8,13 +8,12 @@ Any field of `BIMPSeq2SeqArguments`, `DataArguments` or `ModelArguments` can be 
 command line. The offline sample and its tiny T5 need no network.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from cli import parse
+from outcome import report, train_and_test
 from tiny_t5 import tiny_t5, train_tokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -29,7 +28,6 @@ from translation_data import DataArguments, load_pairs, sentences, tokenize
 
 from hf_bimp import BIMPSeq2SeqArguments, BIMPSeq2SeqTrainer
 from hf_bimp.metrics import Bleu
-from hf_bimp.report import write_results
 
 DEFAULT_CONFIG = "t5_sample.yaml"
 WMT16_COMMAND = "accelerate launch recipes/t5_wmt16.py recipes/configs/t5_small_wmt16_de_en.yaml"
@@ -85,21 +83,6 @@ class BleuOfTokens:
         return [text.strip() for text in self.tokenizer.batch_decode(padded, skip_special_tokens=True)]
 
 
-def summary(results: dict, directory: Path) -> str:
-    """The run as a table: BLEU and sparsity when dense, after each pruning and retraining, and in the end."""
-    rows = [("dense", results["dense"], results["plan"]["initial_sparsity"])]
-    for pruning in results["prunings"]:
-        rows.append((f"pruning {pruning['cycle']}", pruning["after"], pruning["sparsity"]))
-        rows.append((f"retraining {pruning['cycle']}", pruning["retrained"], pruning["sparsity"]))
-    rows.append(("final (validation)", results["final"], results["sparsity"]["prunable"]))
-    if "test" in results:
-        rows.append(("final (test)", results["test"], results["sparsity"]["prunable"]))
-    lines = [f"{'':20}{'BLEU':>8}{'sparsity':>10}"]
-    lines += [f"{name:20}{m.get('bleu', float('nan')):8.2f}{sparsity:10.2%}" for name, m, sparsity in rows]
-    whole = f"{results['sparsity']['all_parameters']:.2%} of all parameters are zero."
-    return "\n".join([*lines, whole, f"Model, results and picture: {directory}"])
-
-
 def main() -> None:
     data_args, model_args, args = parse((DataArguments, ModelArguments, BIMPSeq2SeqArguments), DEFAULT_CONFIG)
     if data_args.dataset_name is None and args.should_log:
@@ -119,15 +102,8 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=bleu,
     )
-    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=resume)
-    if "test" in encoded:
-        test = trainer.predict(encoded["test"], metric_key_prefix="test").metrics
-        trainer.results["test"] = {name.removeprefix("test_"): value for name, value in test.items()}
-    if trainer.is_world_process_zero():
-        trainer.results["bleu_signature"] = bleu.signature
-        write_results(args.output_dir, trainer.results)
-        print(summary(trainer.results, Path(args.output_dir).absolute()), file=sys.stdout, flush=True)
+    results = train_and_test(trainer, encoded.get("test"))
+    results["bleu_signature"] = bleu.signature
     card = {
         "tasks": "translation",
         "language": [data_args.source_lang, data_args.target_lang],
@@ -136,10 +112,7 @@ def main() -> None:
         "dataset_args": data_args.dataset_config,
         "finetuned_from": model_args.model_name_or_path,
     }
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+    report(trainer, "bleu", card)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What the vision recipes share: loss, streamed metrics, and the summary of a run."""
+"""What the vision recipes share: loss, streamed metrics, batches and arguments."""
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 
 import evaluate
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 
 from hf_bimp import BIMPArguments
+from hf_bimp.evaluation import resized
 
 
 def _named(module: nn.Module, inputs: tuple, output: Tensor | dict) -> dict[str, Tensor]:
@@ -36,8 +36,8 @@ class CrossEntropy:
 
     def __call__(self, outputs: dict, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"].float()
-        if labels.ndim == 3 and logits.shape[-2:] != labels.shape[-2:]:
-            logits = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        if labels.ndim == 3:
+            logits = resized(logits, labels)
         total = nn.functional.cross_entropy(
             logits, labels, ignore_index=-100, label_smoothing=self.label_smoothing, reduction="sum"
         )
@@ -94,22 +94,3 @@ def prepare_arguments(args: BIMPArguments) -> CrossEntropy:
     args.label_smoothing_factor = 0.0  # Trainer's own expects language models
     args.label_names, args.batch_eval_metrics = ["labels"], True
     return loss
-
-
-def summary(results: dict, metric: str, directory: Path) -> str:
-    """The run as a table: metric and sparsity when dense, after each pruning and retraining, and in the end."""
-    rows = [("dense", results["dense"], results["plan"]["initial_sparsity"])]
-    for pruning in results["prunings"]:
-        rows.append((f"pruning {pruning['cycle']}", pruning["after"], pruning["sparsity"]))
-        rows.append((f"retraining {pruning['cycle']}", pruning["retrained"], pruning["sparsity"]))
-    rows.append(("final (validation)", results["final"], results["sparsity"]["prunable"]))
-    if "test" in results:
-        rows.append(("final (test)", results["test"], results["sparsity"]["prunable"]))
-    lines = [f"{'':20}{metric:>10}{'sparsity':>10}"]
-    lines += [f"{name:20}{m.get(metric, float('nan')):10.4f}{sparsity:10.2%}" for name, m, sparsity in rows]
-    speedup = results["theoretical_speedup"]
-    if speedup is not None:
-        lines.append(f"Theoretical speedup {speedup:.2f}, where zeros cost nothing.")
-    if results["collapsed_layers"]:
-        lines.append(f"Layer collapse: nothing is left of {', '.join(results['collapsed_layers'])}.")
-    return "\n".join([*lines, f"Model, results and pictures: {directory}"])

@@ -97,7 +97,7 @@ def test_layers_get_their_shares(shapes, seed, steps, allocation, criterion, fir
             with pytest.raises(
                 ValueError, match=f"{math.floor(max_sparsity(allocation, layers) * 1e4) / 1e4} is the max"
             ):
-                masks.check_reachable([sparsity])
+                masks.check_plan([sparsity])
             return
         values = {name: w.detach().numpy().copy() for name, w in weights.items()}
         caps = [value.size - sum(n == name for n, _ in pruned) for name, value in values.items()]

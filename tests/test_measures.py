@@ -69,6 +69,13 @@ def test_a_run_measures_itself(tmp_path) -> None:
     assert f"{results['prunings'][0]['distance']:.4g}" in card
 
 
+def test_a_trainer_evaluates_and_saves_before_it_trains(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, eval_dataset=classification_items(16), compute_metrics=accuracy)
+    before = trainer.evaluate()["eval_accuracy"]
+    trainer.save_model()
+    assert 0 <= before <= 1 and (tmp_path / "model.safetensors").is_file()
+
+
 def test_throughput_counts_only_steps_that_follow_each_other(monkeypatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 100.0, 101.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

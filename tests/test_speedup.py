@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_bimp import Masks, find_prunable
+from hf_bimp.prunable import PRUNABLE_MODULES
 from hf_bimp.speedup import MultiplyAdds, count_multiply_adds, theoretical_speedup
 
 
@@ -138,7 +139,7 @@ def test_speedup_is_the_ratio_of_products(sparsities: list[float], seed: int) ->
     def count(layer: nn.Module, args: tuple, output: Tensor) -> None:
         (sparse if pruned else dense).append(nonzero_products(layer, args[0]))
 
-    layers = [layer for layer in model if hasattr(layer, "kernel_size") or isinstance(layer, nn.Linear)]
+    layers = [layer for layer in model if isinstance(layer, PRUNABLE_MODULES)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     pruned = False
     model(inputs)

@@ -1,5 +1,7 @@
 """Accuracy and mean IoU, counted batch by batch."""
 
+from abc import ABC, abstractmethod
+
 import datasets
 import evaluate
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 
 
-class CountingMetric(evaluate.Metric):
+class CountingMetric(evaluate.Metric, ABC):
     """A metric that needs only counts: batches are counted as they come, and nothing is written or kept.
 
     Predictions and references are integers, a list, an array or a tensor of any one shape. References equal to
@@ -26,17 +28,17 @@ class CountingMetric(evaluate.Metric):
         self.ignore_index = ignore_index
         self._start()
 
+    @abstractmethod
     def _start(self) -> None:
         """Sets all counts to zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _count(self, predictions: np.ndarray, references: np.ndarray) -> None:
         """Adds a batch (N,), int64, without what is ignored; changes nothing where it raises."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _result(self) -> dict[str, float]:
         """The metrics by name. Raises `ValueError` where nothing was counted."""
-        raise NotImplementedError
 
     # evaluate copies these three and appends to their docstrings, so each must have one.
 
