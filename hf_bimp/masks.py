@@ -46,7 +46,7 @@ class Masks:
 
     @property
     def num_pruned(self) -> int:
-        return sum(int(self.pruned[name].sum()) for name in self.weights) if self.pruned else 0
+        return sum(int(self.pruned[name].count_nonzero()) for name in self.weights) if self.pruned else 0
 
     @property
     def sparsity(self) -> float:

@@ -73,7 +73,7 @@ def n_of_m_dimension(module: nn.Module) -> int:
 
 def _random_scores(seed: int, pruned: list[Tensor]) -> list[Tensor]:
     """Scores in (0, 1], 0 where pruned: the same in every process and after a resume, as seed and progress decide."""
-    done = sum(int(mask.sum()) for mask in pruned)
+    done = sum(int(mask.count_nonzero()) for mask in pruned)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
     drawn = [1 - torch.rand(mask.shape, generator=generator) for mask in pruned]
     return [score.to(mask.device).masked_fill_(mask, 0) for score, mask in zip(drawn, pruned, strict=True)]
@@ -111,7 +111,7 @@ class WeightRule(Rule):
         return [
             Layer(
                 tuple(weight.shape),
-                int(pruned[name].sum()),
+                int(pruned[name].count_nonzero()),
                 name == self.first_convolution,
                 name == self.last_linear,
             )
@@ -121,7 +121,7 @@ class WeightRule(Rule):
     def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
         values, masks = list(weights.values()), [pruned[name] for name in weights]
         k = round(sparsity * sum(weight.numel() for weight in values))
-        done = sum(int(mask.sum()) for mask in masks)
+        done = sum(int(mask.count_nonzero()) for mask in masks)
         if k < done:
             raise ValueError(f"{done} weights are pruned already, and {k} would be fewer: masks only grow.")
         scores = _random_scores(self.seed, masks) if self.criterion == "random" else None
@@ -201,7 +201,7 @@ class FilterRule(Rule):
             if not scores.isfinite().all():
                 selection_of([weights[rows.name] for rows in group.weights], [pruned[r.name] for r in group.weights])
             order = scores.masked_fill(gone[i].cpu(), -1).argsort(stable=True)
-            chosen = order[: max(round(sparsity * group.size), int(gone[i].sum()))]
+            chosen = order[: max(round(sparsity * group.size), int(gone[i].count_nonzero()))]
             _mark(pruned, group.weights, chosen)
         self.mark_attached(pruned)
         return selection_of(weights.values(), [pruned[name] for name in weights])

@@ -81,7 +81,7 @@ def prune_smallest(
     key, below = kth_smallest_key(ranked, k) if k else (0, 0)
     ties = k - below  # how many of the weights at the threshold itself go
     if key == 0:
-        ties -= sum(int(mask.sum()) for mask in pruned)
+        ties -= sum(int(mask.count_nonzero()) for mask in pruned)
     removed = total = largest = 0.0
     for weight, score, mask in zip(weights, ranked, pruned, strict=True):
         chunks = zip(flat_chunks(weight), flat_chunks(score), mask.view(-1).split(CHUNK), strict=True)
