@@ -29,13 +29,16 @@ setup(
     extras_require={
         "plots": ["matplotlib"],
         "vision": [*VISION, "matplotlib"],
-        "recipes": ["babel", "matplotlib", "tokenizers"],
+        "recipes": ["babel", "filelock", "matplotlib", "optuna>=5", "pandas", "tokenizers"],
         "dev": [
             *VISION,
             "babel",
+            "filelock",
             "fvcore",
             "hypothesis",
             "matplotlib",
+            "optuna>=5",
+            "pandas",
             "peft",
             "ptflops",
             "pytest",

@@ -1,7 +1,7 @@
 """Every knob of a BIMP run, as `TrainingArguments` with more fields."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -9,12 +9,12 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .allocation import ALLOCATIONS
-from .methods.imp import check_schedule
-from .plan import check_amount
-from .rules import CRITERIA, check_rule, parse_n_of_m
-from .schedules import RETRAIN_SCHEDULES
+from .methods import METHODS
+from .methods.imp import IMPArguments
+from .plan import check_goal
+from .rules import check_rule
 
-METHODS = ("bimp", "dense")
+KNOBS = tuple(dict.fromkeys(method.Arguments for method in METHODS.values()))
 ON_COLLAPSE = ("warn", "raise")
 # What torch and transformers alone provide on any device. Each is tested to leave pruned weights at zero.
 TESTED_OPTIMIZERS = (
@@ -30,62 +30,33 @@ METRIC_DRIVEN_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREED
 
 
 @dataclass
-class BIMPArguments(TrainingArguments):
-    """`TrainingArguments` of one budgeted run: a dense phase, then prune-retrain cycles.
+class BIMPArguments(*KNOBS, TrainingArguments):
+    """`TrainingArguments` of one budgeted run, by BIMP or by another method; the knobs of each lie in its own file.
 
     `num_train_epochs` or `max_steps` give the whole budget T. `learning_rate`, `lr_scheduler_type`, `warmup_steps` and
-    `lr_scheduler_kwargs` describe the dense phase, over its own T0 steps. Raises `ValueError` for values that cannot
-    work or do not go together.
+    `lr_scheduler_kwargs` describe the dense phase, over its own T0 steps; for the methods without one, all steps but
+    those of `finetune_ratio`. Raises `ValueError` for values that cannot work or do not go together.
     """
 
     method: str = field(
         default="bimp",
         metadata={
-            "help": "'bimp' prunes; 'dense' trains densely to the end and records the history that a later run with "
-            "dense_ratio=0 needs.",
-            "choices": METHODS,
+            "help": "'bimp' trains, prunes and retrains; 'dense' only trains, and records the history that later runs "
+            "with dense_ratio=0 need; the others are the pruning-stable methods that BIMP is compared with.",
+            "choices": tuple(METHODS),
         },
     )
     target_sparsity: float | None = field(
-        default=None, metadata={"help": "Share of the prunable weights that are zero in the end, in (0, 1)."}
-    )
-    num_cycles: int | None = field(
         default=None,
         metadata={
-            "help": "J, the number of prune-retrain cycles (default 1: one shot). 0 is allowed with keep_zeros alone."
+            "help": "Share of the prunable weights that are zero in the end, in (0, 1). Not of cs, str and dst."
         },
     )
-    dense_ratio: float = field(
-        default=0.5,
-        metadata={"help": "T0/T, the dense share of the budget. 0 prunes the given model at once (IMP)."},
-    )
-    prune_fraction: float | None = field(
-        default=None,
+    finetune_ratio: float = field(
+        default=0.0,
         metadata={
-            "help": "s, the share of the remaining weights that each pruning removes, in place of num_cycles: the "
-            "target then decides how many cycles there are (Renda et al., 2020, with 0.2)."
-        },
-    )
-    retrain_schedule: str = field(
-        default="allr",
-        metadata={"help": "Learning-rate schedule of each cycle.", "choices": RETRAIN_SCHEDULES},
-    )
-    retrain_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak rate of the tuned schedules: constant, stepped, cosine, linear."},
-    )
-    retrain_warmup_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of each cycle that warms up. By default the paper's: 0.1, and 0 for the tuned schedules "
-            "(ft and lrw have no warm-up)."
-        },
-    )
-    granularity: str = field(
-        default="weight",
-        metadata={
-            "help": "What is removed: 'weight'; 'filter' (whole output filters, the same share of each layer's, by "
-            "their L2 norm); or 'n:m' such as 2:4 (of m consecutive inputs n stay, so the sparsity is 1 - n/m)."
+            "help": "Share of the budget that is fine-tuned (FT) after a pruning-stable method: masks fixed, at the "
+            "last learning rate of its schedule. The paper: 30 epochs after 200."
         },
     )
     allocation: str | None = field(
@@ -95,10 +66,6 @@ class BIMPArguments(TrainingArguments):
             "by the same share of every layer instead.",
             "choices": ALLOCATIONS,
         },
-    )
-    criterion: str = field(
-        default="magnitude",
-        metadata={"help": "Which weights or filters go: the smallest, or random ones.", "choices": CRITERIA},
     )
     on_collapse: str = field(
         default="warn",
@@ -110,10 +77,6 @@ class BIMPArguments(TrainingArguments):
     skip_modules: list[str] | None = field(
         default=None, metadata={"help": "Regular expressions: leave the modules dense whose name matches one."}
     )
-    keep_zeros: bool = field(
-        default=False,
-        metadata={"help": "The model is sparse already: its zeros stay zero, and its sparsity is S_0."},
-    )
     lr_milestones: list[float] | None = field(
         default=None,
         metadata={
@@ -122,17 +85,12 @@ class BIMPArguments(TrainingArguments):
         },
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor of each milestone."})
-    dense_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "With dense_ratio=0: T, the length in optimizer steps of the dense training that the given model "
-            "had with this learning_rate, lr_scheduler_type and warmup_steps. By default it is read from the model's "
-            "checkpoint, when hf_bimp wrote it."
-        },
-    )
     evaluate_prunings: bool = field(
         default=True,
-        metadata={"help": "Evaluate before and after each pruning (where there is an eval_dataset)."},
+        metadata={
+            "help": "Evaluate (where there is an eval_dataset) before and after each pruning of bimp, and the last "
+            "one of the other methods."
+        },
     )
 
     def __post_init__(self):
@@ -144,49 +102,63 @@ class BIMPArguments(TrainingArguments):
 
     def validate(self) -> None:
         """Checked again when the plan is made: hyperparameter search sets fields without `__post_init__`."""
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is none of {', '.join(METHODS)}.")
+        self._refuse_foreign_knobs()
         check_rule(self.granularity, self.allocation, self.criterion)
         if self.on_collapse not in ON_COLLAPSE:
             raise ValueError(f"on_collapse={self.on_collapse!r} is none of {', '.join(ON_COLLAPSE)}.")
-        self._set_sparsity_of_pattern()
-        self._validate_amount()
-        check_schedule(self.retrain_schedule, self.retrain_learning_rate, self.retrain_warmup_ratio)
+        METHODS[self.method].check(self)
+        if METHODS[self.method].Arguments is not IMPArguments:
+            self._validate_pruning_stable()
         self._validate_dense_phase()
         self._validate_setup()
 
-    def _set_sparsity_of_pattern(self) -> None:
-        """n:m fixes the sparsity."""
-        pattern = parse_n_of_m(self.granularity)
-        if pattern is None or self.method == "dense" or self.num_cycles == 0:
-            return
-        sparsity = 1 - pattern[0] / pattern[1]
-        if self.target_sparsity is None:
-            self.target_sparsity = sparsity
-        if abs(self.target_sparsity - sparsity) > 1e-9:
+    @property
+    def knobs(self) -> dict:
+        """The fields of the chosen method alone."""
+        return {knob.name: getattr(self, knob.name) for knob in fields(METHODS[self.method].Arguments)}
+
+    def _refuse_foreign_knobs(self) -> None:
+        own = self.knobs
+        for knob in {knob.name: knob for arguments in KNOBS for knob in fields(arguments)}.values():
+            if knob.name not in own and getattr(self, knob.name) != knob.default:
+                owners = [name for name, m in METHODS.items() if knob.name in {k.name for k in fields(m.Arguments)}]
+                raise ValueError(
+                    f"{knob.name}={getattr(self, knob.name)!r} is an argument of {', '.join(owners)}, not of "
+                    f"method={self.method!r}. Leave it out (its default is {knob.default!r})."
+                )
+        if self.finetune_ratio and self.method in ("bimp", "dense"):
             raise ValueError(
-                f"granularity={self.granularity!r} fixes the sparsity at {sparsity:.4g}: leave target_sparsity out "
-                f"(given: {self.target_sparsity})."
+                f"finetune_ratio={self.finetune_ratio} comes after a pruning-stable method; method={self.method!r} "
+                "retrains by retrain_schedule ('ft' for fine-tuning). Leave it out."
             )
 
-    def _validate_amount(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is none of {', '.join(METHODS)}.")
-        if self.method == "dense":
-            if self.target_sparsity is not None or self.keep_zeros:
-                raise ValueError("method='dense' prunes nothing: leave target_sparsity and keep_zeros out.")
-            return
-        if self.num_cycles is not None and self.prune_fraction is not None:
+    def _validate_pruning_stable(self) -> None:
+        method = METHODS[self.method]
+        if method.implicit_sparsity and self.target_sparsity is not None:
             raise ValueError(
-                f"num_cycles={self.num_cycles} and prune_fraction={self.prune_fraction} each decide the number of "
-                "cycles: give one of them."
+                f"method={self.method!r} finds its own sparsity, by {', '.join(self.knobs)} and weight_decay: leave "
+                f"target_sparsity={self.target_sparsity} out."
             )
-        if self.num_cycles == 0:
-            if not self.keep_zeros or self.target_sparsity is not None:
-                raise ValueError(
-                    "num_cycles=0 prunes nothing: it goes with keep_zeros=True and without target_sparsity, to "
-                    "fine-tune a sparse model. To prune, num_cycles must be at least 1."
-                )
-            return
-        check_amount(self.target_sparsity, self.num_cycles, self.dense_ratio, self.prune_fraction)
+        if not method.implicit_sparsity:
+            check_goal(self.target_sparsity)
+        if self.allocation is not None and self.allocation not in method.allocations:
+            raise ValueError(
+                f"allocation={self.allocation!r} does not go with method={self.method!r}"
+                f" (allowed: {', '.join(method.allocations) or 'none'}). Leave it out."
+            )
+        if not 0 <= self.finetune_ratio < 1:
+            raise ValueError(f"finetune_ratio={self.finetune_ratio} must lie in [0, 1): it is a share of the budget.")
+        if method.needs_weight_decay and not self.weight_decay > 0:
+            raise ValueError(
+                f"method={self.method!r} works by weight decay: set weight_decay, such as 5e-4 (given: "
+                f"{self.weight_decay})."
+            )
+        if method.adds_gradients and self.fp16:
+            raise ValueError(
+                f"method={self.method!r} adds to the gradients what the loss scaling of fp16 does not know. Use bf16."
+            )
 
     def _validate_dense_phase(self) -> None:
         if not self.learning_rate > 0:
@@ -206,14 +178,6 @@ class BIMPArguments(TrainingArguments):
                 )
         if not self.lr_gamma > 0:
             raise ValueError(f"lr_gamma={self.lr_gamma} must be positive.")
-        if self.dense_steps is not None and (
-            self.dense_ratio > 0 or self.dense_steps < 1 or self.method == "dense" or self.num_cycles == 0
-        ):
-            raise ValueError(
-                f"dense_steps={self.dense_steps} is the length of an earlier dense training, at least 1: it goes with "
-                f"pruning and dense_ratio=0 (given: method={self.method!r}, num_cycles={self.num_cycles}, "
-                f"dense_ratio={self.dense_ratio})."
-            )
 
     def _validate_setup(self) -> None:
         if self.optim not in TESTED_OPTIMIZERS:

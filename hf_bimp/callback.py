@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 
 class PruningCallback(TrainerCallback):
-    """Prunes and sets the learning rate before a step, and times the steps."""
+    """Hands the events around a step on to the method, and times the steps."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -12,8 +12,14 @@ class PruningCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.begin_step(state.global_step)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.method.before_update(self.trainer.plain_optimizer)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.method.after_update()
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.throughput.step_ended()
+        self.trainer.end_step(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.trainer.throughput.interrupted()

@@ -5,6 +5,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -13,21 +16,41 @@ from .dense import DenseHistory
 
 STATE_NAME = "bimp_state.json"
 MASKS_NAME = "bimp_masks.safetensors"
+METHOD_NAME = "bimp_method.safetensors"
 
 logger = logging.get_logger(__name__)
 
 
 def write_state(
-    directory: str, settings: dict, progress: dict, history: DenseHistory | None, num_processes: int
+    directory: str,
+    settings: dict,
+    progress: dict,
+    history: DenseHistory | None,
+    num_processes: int,
+    has_tensors: bool,
 ) -> None:
     """Writes `settings` (what a resumed run must share), `progress`, and the dense history if there is one yet."""
     state = {
         "settings": settings,
         "progress": progress,
         "num_processes": num_processes,
+        "has_tensors": has_tensors,
         "dense_history": None if history is None else asdict(history),
     }
     write_json(Path(directory) / STATE_NAME, state)
+
+
+def write_tensors(directory: str, tensors: dict[str, Tensor]) -> None:
+    """Writes what the method has beside the model's weights; no file where that is nothing."""
+    path = Path(directory) / METHOD_NAME
+    path.unlink(missing_ok=True)  # of a run that was here before
+    if tensors:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(directory: str, device: torch.device) -> dict[str, Tensor]:
+    path = Path(directory) / METHOD_NAME
+    return {name: tensor.to(device) for name, tensor in load_file(path).items()} if path.is_file() else {}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -84,10 +107,12 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether saving got to its end: the trainer's state, written last, is whole, and every process left its own."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        processes = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["num_processes"]
+        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        processes = state["num_processes"]
     except (OSError, ValueError, KeyError):
         return False
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    names += [METHOD_NAME] if state.get("has_tensors") else []
     names += [MASKS_NAME, OPTIMIZER_NAME]  # a folder that was being deleted may lack any of its files
     weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     return all((checkpoint / n).is_file() for n in names) and any((checkpoint / n).is_file() for n in weights)

@@ -95,7 +95,7 @@ def check_ranks_agree(accelerator: Accelerator, masks: Masks, pruning: Pruning) 
     """Raises `RuntimeError` where the processes did not prune the same weights."""
     if accelerator.num_processes == 1:
         return
-    mine = torch.tensor([masks.checksum(), pruning.d1], dtype=torch.float64, device=accelerator.device)
+    mine = torch.tensor([masks.checksum(), pruning.d1 or 0.0], dtype=torch.float64, device=accelerator.device)
     everyone = accelerator.gather(mine).view(-1, len(mine))
     if not torch.equal(everyone, mine.expand_as(everyone)):
         raise RuntimeError(

@@ -69,6 +69,21 @@ class Masks:
         self.mask_weights()
         return selection
 
+    def smallest(
+        self, sparsity: float, values: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Selection]:
+        """What the rule prunes of `values` (by default the weights) if nothing is pruned yet; nothing is changed."""
+        marks = self._empty()
+        return marks, self.rule.select(self.weights if values is None else values, marks, sparsity)
+
+    def renew(self, sparsity: float, values: dict[str, Tensor] | None = None) -> Selection:
+        """Soft pruning: the masks of `values` (by default the weights), whatever was pruned before.
+
+        The weights are not masked yet: what becomes of those that are no longer pruned is the caller's to say.
+        """
+        self.pruned, selection = self.smallest(sparsity, values)
+        return selection
+
     def keep_zeros(self) -> None:
         """Prunes what is zero already; a zero bias or normalisation channel only where its filter is zero."""
         pruned = self._empty() | {name: (w.detach() == 0).contiguous() for name, w in self.weights.items()}

@@ -87,17 +87,17 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     of = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     if results is None:
         return f"A model{of}, in training with hf_bimp."
-    cycles = len(results["plan"]["prune_steps"])
     what = {"weight": "", "filter": " of whole filters"}.get(results["granularity"], f" to {results['granularity']}")
-    what = f"{results['criterion']} pruning{what}, {results['allocation']} allocation"
-    how = f"{cycles} prune-retrain cycle{'s' * (cycles > 1)}, retraining by `{results['retrain_schedule']}`"
-    if not cycles:
-        how = "no pruning, only training with the zeros held" if results["plan"]["initial_sparsity"] else "no pruning"
+    how = (
+        f'{results["criterion"]} pruning{what}, {results["allocation"]} allocation, after "How I Learned to Stop '
+        f'Worrying and Love Retraining" (Zimmer, Spiegel and Pokutta, ICLR 2023): '
+    )
+    if results["method"] not in ("bimp", "dense"):
+        how = ""
     return (
         f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** (those of linear "
         f"and convolution layers) and {results['sparsity']['all_parameters']:.2%} of all parameters are zero. Trained "
-        f'with hf_bimp: {what}, after "How I Learned to Stop Worrying and Love Retraining" (Zimmer, Spiegel '
-        f"and Pokutta, ICLR 2023), with {how}."
+        f"with hf_bimp: {how}{results['summary']}."
     )
 
 
@@ -149,10 +149,11 @@ def _table(header: list[str], rows: list[list]) -> str:
 
 
 def _metrics_table(results: dict) -> str:
-    rows = [
-        [m, f"{results['dense'].get(m, float('nan')):.4g}", f"{value:.4g}"] for m, value in results["final"].items()
-    ]
-    return _table(["metric", "dense", f"{results['sparsity']['prunable']:.2%} sparse"], rows)
+    dense, sparse = results["dense"], f"{results['sparsity']['prunable']:.2%} sparse"
+    if not dense:
+        return _table(["metric", sparse], [[m, f"{value:.4g}"] for m, value in results["final"].items()])
+    rows = [[m, f"{dense.get(m, float('nan')):.4g}", f"{value:.4g}"] for m, value in results["final"].items()]
+    return _table(["metric", "dense", sparse], rows)
 
 
 def _plan_rows(results: dict) -> str:

@@ -24,14 +24,21 @@ class Phase:
 class Plan:
     """A run of `total_steps` optimizer steps (T), of which those before the first pruning are dense (T0).
 
-    Pruning j (1..J) happens before optimizer step `prune_steps[j - 1]` and raises the sparsity of the prunable weights
-    to `sparsities[j - 1]`; before the first one it is `initial_sparsity` (S_0).
+    Pruning j (1..J) happens before optimizer step `prune_steps[j - 1]` (before step T: after the last one) and raises
+    the sparsity of the prunable weights to `sparsities[j - 1]`, which is None where the method finds its own; before
+    the first one it is `initial_sparsity` (S_0). The user's learning-rate schedule spans the first `schedule_steps`:
+    the dense phase, unless a pruning-stable method trains through its prunings.
     """
 
     total_steps: int
     prune_steps: tuple[int, ...] = ()
-    sparsities: tuple[float, ...] = ()
+    sparsities: tuple[float | None, ...] = ()
     initial_sparsity: float = 0.0
+    schedule_steps: int | None = None  # None becomes dense_steps
+
+    def __post_init__(self):
+        if self.schedule_steps is None:
+            object.__setattr__(self, "schedule_steps", self.dense_steps)
 
     @property
     def num_cycles(self) -> int:
@@ -44,11 +51,15 @@ class Plan:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The dense phase (where it has steps) and then every cycle."""
+        return tuple(phase for phase in self._all_phases if phase.steps)
+
+    @property
+    def _all_phases(self) -> list[Phase]:
         starts = (0, *self.prune_steps)
         ends = (*self.prune_steps, self.total_steps)
         levels = (self.initial_sparsity, *self.sparsities)
         rows = zip(range(len(starts)), starts, ends, levels, strict=True)
-        return tuple(Phase(j, start, end - start, level) for j, start, end, level in rows if end > start)
+        return [Phase(j, start, end - start, level) for j, start, end, level in rows]
 
     def phase(self, step: int) -> Phase:
         """The phase that optimizer step `step` (0..T-1) belongs to."""
@@ -56,7 +67,7 @@ class Plan:
 
     def cycle_phase(self, cycle: int) -> Phase:
         """The phase of prune-retrain cycle `cycle` (1..J)."""
-        return next(phase for phase in self.phases if phase.cycle == cycle)
+        return self._all_phases[cycle]
 
     def pruned_fraction(self, cycle: int) -> float:
         """s_j: the planned fraction of the remaining weights that pruning `cycle` (1..J) removes."""
@@ -65,18 +76,54 @@ class Plan:
 
     def to_dict(self) -> dict:
         plan = asdict(self)
+        if self.schedule_steps == self.dense_steps:
+            del plan["schedule_steps"]
         return plan | {"prune_steps": list(self.prune_steps), "sparsities": list(self.sparsities)}
+
+
+def finetune_split(total_steps: int, finetune_ratio: float) -> int:
+    """How many of `total_steps` a pruning-stable method has, before the share `finetune_ratio` of fine-tuning."""
+    steps = total_steps - round(finetune_ratio * total_steps)
+    if steps < 1:
+        raise ValueError(f"finetune_ratio={finetune_ratio} of {total_steps} optimizer steps leaves the method none.")
+    return steps
+
+
+def gradual_prunings(
+    steps: int, target_sparsity: float, num_prunings: int, interval: int | None = None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The steps and sparsities of gradual pruning (Zhu and Gupta, 2017) within `steps` optimizer steps (T).
+
+    K = `num_prunings` of them lie at t_k = round(k * T / (K + 1)), or with `interval` one every so many steps. The
+    sparsity is target * (1 - (1 - t_k / t_K)^3). Raises `ValueError` where that is no step, or one twice.
+    """
+    if interval is None:
+        times = tuple(round(k * steps / (num_prunings + 1)) for k in range(1, num_prunings + 1))
+    else:
+        times = tuple(range(interval, steps, interval))
+    if not times or times[0] < 1 or len(set(times)) < len(times):
+        raise ValueError(
+            f"{steps} optimizer steps have no room for "
+            + (f"{num_prunings} prunings" if interval is None else f"a pruning every {interval}")
+            + ". Train for longer, or prune less often (num_prunings, prune_interval)."
+        )
+    return times, tuple(target_sparsity * (1 - (1 - t / times[-1]) ** 3) for t in times)
+
+
+def check_goal(target_sparsity: float | None) -> None:
+    """Raises `ValueError` where that is no sparsity to reach."""
+    if target_sparsity is None or not 0 < target_sparsity < 1:
+        raise ValueError(
+            f"target_sparsity={target_sparsity} must lie strictly between 0 and 1: it is the share of the prunable "
+            "weights that are zero in the end, so 0.9 keeps every tenth."
+        )
 
 
 def check_amount(
     target_sparsity: float | None, num_cycles: int | None, dense_ratio: float, prune_fraction: float | None
 ) -> None:
     """Raises `ValueError` for an amount of pruning that no plan can have."""
-    if target_sparsity is None or not 0 < target_sparsity < 1:
-        raise ValueError(
-            f"target_sparsity={target_sparsity} must lie strictly between 0 and 1: it is the share of the prunable "
-            "weights that are zero in the end, so 0.9 keeps every tenth."
-        )
+    check_goal(target_sparsity)
     if prune_fraction is not None and not 0 < prune_fraction < 1:
         raise ValueError(f"prune_fraction={prune_fraction} must lie strictly between 0 and 1.")
     if num_cycles is not None and num_cycles < 1:

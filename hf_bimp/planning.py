@@ -7,9 +7,11 @@ from transformers.utils import logging
 
 from .checkpoint import find_dense_history
 from .dense import DenseHistory
-from .evaluation import example_inputs
+from .evaluation import example_inputs, train_accuracy
 from .masks import Masks
-from .plan import Plan, make_plan
+from .methods import METHODS, IterativeMagnitudePruning, Method
+from .plan import Plan, finetune_split, make_plan
+from .prunable import output_dims
 from .targets import make_masks
 
 logger = logging.get_logger(__name__)
@@ -41,6 +43,14 @@ def run_masks(trainer) -> tuple[Masks, dict[str, str]]:
 def run_plan(trainer, masks: Masks, num_training_steps: int) -> Plan:
     """When the run prunes, and how far. Raises `ValueError` where the budget or the rule does not allow it."""
     args, resumed = trainer.args, trainer.resumed
+    method = METHODS[args.method]
+    if method is not IterativeMagnitudePruning:
+        steps = finetune_split(num_training_steps, args.finetune_ratio)
+        plan = Plan(
+            num_training_steps, *method.prunings(steps, args.target_sparsity, **args.knobs), schedule_steps=steps
+        )
+        masks.check_plan([sparsity for sparsity in plan.sparsities if sparsity is not None])
+        return plan
     # Resumed weights hold the zeros of later prunings too.
     initial = resumed["settings"]["plan"]["initial_sparsity"] if resumed else masks.sparsity
     num_cycles = 0 if args.method == "dense" else args.num_cycles
@@ -73,7 +83,7 @@ def given_history(trainer) -> DenseHistory | None:
 def dense_history(trainer, plan: Plan, learning_rate: float) -> DenseHistory | None:
     """The dense phase of the run, or with none in it that of the given model, if it is known."""
     args = trainer.args
-    if plan.dense_steps == 0 and args.dense_steps is None:
+    if plan.schedule_steps == 0 and args.dense_steps is None:
         history = given_history(trainer)
         if history is not None:
             logger.warning(
@@ -86,13 +96,33 @@ def dense_history(trainer, plan: Plan, learning_rate: float) -> DenseHistory | N
                 "impact d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
             )
         return history
-    steps = plan.dense_steps or args.dense_steps
-    return DenseHistory(
-        steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type=args.lr_scheduler_type.value,
-        warmup_steps=args.get_warmup_steps(steps),
-        lr_scheduler_kwargs=dict(args.lr_scheduler_kwargs or {}),
-        lr_milestones=args.lr_milestones,
-        lr_gamma=args.lr_gamma,
+    steps = plan.schedule_steps or args.dense_steps
+    given = {
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "warmup_steps": args.get_warmup_steps(steps),
+        "lr_scheduler_kwargs": dict(args.lr_scheduler_kwargs or {}),
+        "lr_gamma": args.lr_gamma,
+    }
+    given |= METHODS[args.method].dense_schedule(**args.knobs)
+    if args.lr_milestones is not None:
+        given["lr_milestones"] = args.lr_milestones
+    return DenseHistory(steps, learning_rate, **given)
+
+
+def make_method(trainer, plan: Plan, masks: Masks, history: DenseHistory | None, base: float) -> Method:
+    """The method of a run, whose rates are multiples of `base`."""
+    args = trainer.args
+    dense = history and history.rates(unit=base)
+    method = METHODS[args.method]
+    if method is not IterativeMagnitudePruning:
+        return method(plan, masks, dense, output_dims(trainer.model), **args.knobs)
+    return IterativeMagnitudePruning(
+        plan,
+        masks,
+        eta_1=dense.peak if dense else 1.0,
+        dense=dense,
+        retrain_schedule=args.retrain_schedule,
+        tuned_rate=args.retrain_learning_rate and args.retrain_learning_rate / base,
+        warmup_ratio=args.retrain_warmup_ratio,
+        train_accuracy=partial(train_accuracy, trainer),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 from .selection import DTYPES
@@ -69,6 +69,12 @@ def find_prunable(
         first_convolution=names.get(id(convolutions[0].weight)) if convolutions else None,
         last_linear=names.get(id(linears[-1].weight)) if linears else None,
     )
+
+
+def output_dims(model: nn.Module) -> dict[str, int]:
+    """The dimension that counts the outputs, of the weights where that is not the first: name -> 1."""
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, (_ConvTransposeNd, Conv1D))}
+    return {name: 1 for name, parameter in model.named_parameters() if id(parameter) in transposed}
 
 
 def _matching(layers: dict[str, nn.Module], patterns: Sequence[str] | None, argument: str) -> set[str]:

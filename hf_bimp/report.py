@@ -6,12 +6,12 @@ from pathlib import Path
 from transformers.utils import logging
 
 from .checkpoint import write_json
-from .methods import IterativeMagnitudePruning
-from .schedules import ADAPTIVE
+from .methods import IterativeMagnitudePruning, Method
 
 RESULTS_NAME = "bimp_results.json"
 PLOT_NAME = "bimp_run.png"
 LAYERS_PLOT_NAME = "bimp_layers.png"
+MOST_ROWS = 12  # of the printed plan
 _NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")
 
 logger = logging.get_logger(__name__)
@@ -29,28 +29,28 @@ def _metrics(entry: dict, prefix: str) -> dict[str, float]:
     }
 
 
-def plan_table(method: IterativeMagnitudePruning, unit: float, dense: dict[str, str]) -> str:
+def plan_table(method: Method, unit: float, dense: dict[str, str]) -> str:
     """The plan as text: a row a phase with its steps, its sparsity and the largest learning rate.
 
     `dense` names the weight matrices that stay dense, each with the reason (or "").
     """
     plan, rows = method.plan, [("phase", "steps", "sparsity", "peak learning rate")]
     for phase in plan.phases:
+        name = f"cycle {phase.cycle}"
         if phase.cycle == 0:
-            name, peak = "dense" if plan.initial_sparsity == 0 else "zeros kept", f"{method.dense.peak * unit:.3g}"
-        elif phase.cycle <= method.cycle:
-            name, peak = f"cycle {phase.cycle}", f"{method.peaks[phase.cycle - 1] * unit:.3g}"
-        elif method.schedule in ADAPTIVE:
-            name, peak = f"cycle {phase.cycle}", f"d * {method.eta_1 * unit:.3g}"
-        else:
-            name, peak = f"cycle {phase.cycle}", f"{method.planned_peak(phase) * unit:.3g}"
-        steps = f"{phase.start}-{phase.start + phase.steps - 1}"
-        rows.append((name, f"{steps} ({phase.steps})", f"{phase.sparsity:.2%}", peak))
+            name = "dense" if plan.initial_sparsity == 0 else "zeros kept"
+        steps = f"{phase.start}-{phase.start + phase.steps - 1} ({phase.steps})"
+        sparsity = "as it comes" if method.implicit_sparsity else f"{phase.sparsity:.2%}"
+        rows.append((name, steps, sparsity, method.describe_peak(phase, unit)))
+    if len(rows) > MOST_ROWS:
+        rows[4:-3] = [("...", "", "", "")]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     weights = f"{method.masks.num_weights:,} prunable weights in {len(method.masks.weights)} tensors"
-    retraining = f", retraining by {method.schedule}" if plan.num_cycles else ""
-    lines = [f"Plan: {weights}{retraining}", *lines]
+    lines = [f"Plan: {method.summary}; {weights}", *lines]
+    if not isinstance(method, IterativeMagnitudePruning) and plan.schedule_steps < plan.total_steps:
+        rate = method.rate(plan.total_steps - 1) * unit
+        lines.append(f"From step {plan.schedule_steps} on fine-tuning (FT) at the learning rate {rate:.3g}.")
     frozen = sum(not weight.requires_grad for weight in method.masks.weights.values())
     if frozen and plan.num_cycles:
         lines.append(
@@ -71,9 +71,11 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
     return {
         "method": settings["method"],
         "plan": method.plan.to_dict(),
-        "retrain_schedule": method.schedule,
+        "summary": method.summary,
+        "retrain_schedule": settings.get("retrain_schedule"),
+        "knobs": settings.get("knobs"),
         "dense_schedule": settings["dense_schedule"],
-        "dense": prunings[0]["before"] if prunings else final,
+        "dense": _dense_metrics(method, prunings, final),
         "prunings": prunings,
         "final": final,
         "pruning_stability": _stability(prunings[-1]) if prunings else {},
@@ -89,6 +91,13 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
         "versions": {name: version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
         "main_metric": main_metric(trainer.args.metric_for_best_model, final),
     }
+
+
+def _dense_metrics(method: Method, prunings: list[dict], final: dict) -> dict[str, float]:
+    """Those of the dense model that was pruned; pruning-stable methods have none."""
+    if not isinstance(method, IterativeMagnitudePruning):
+        return {}
+    return prunings[0]["before"] if prunings else final
 
 
 def _pruning(entry: dict, log: list[dict]) -> dict:
@@ -152,7 +161,7 @@ def write_results(directory: str, results: dict) -> None:
     write_json(Path(directory) / RESULTS_NAME, results)
 
 
-def write_plot(directory: str, results: dict, log: list[dict], method: IterativeMagnitudePruning, unit: float) -> None:
+def write_plot(directory: str, results: dict, log: list[dict], method: Method, unit: float) -> None:
     """Learning rate, sparsity and main metric over the optimizer steps, as one PNG."""
     try:
         from matplotlib.figure import Figure
@@ -165,7 +174,7 @@ def write_plot(directory: str, results: dict, log: list[dict], method: Iterative
     rate, sparsity, metric = figure.subplots(3, 1, sharex=True)
     rate.plot(steps, [method.rate(step) * unit for step in steps], color="tab:blue")
     rate.set_ylabel("learning rate")
-    sparsity.plot(steps, [100 * method.plan.phase(step).sparsity for step in steps], color="tab:orange")
+    sparsity.plot(*_sparsity_points(log, method, steps), color="tab:orange")
     sparsity.set(ylabel="sparsity (%)", ylim=(-2, 102))
     name = results["main_metric"]
     if name is not None:
@@ -176,6 +185,14 @@ def write_plot(directory: str, results: dict, log: list[dict], method: Iterative
     for axis in (rate, sparsity, metric):
         axis.grid(alpha=0.3)
     figure.savefig(Path(directory) / PLOT_NAME, dpi=120)
+
+
+def _sparsity_points(log: list[dict], method: Method, steps: range) -> tuple[list[int], list[float]]:
+    """Steps and sparsities (%): as planned, or where there is no plan as logged along the way."""
+    if not method.implicit_sparsity:
+        return list(steps), [100 * method.plan.phase(step).sparsity for step in steps]
+    logged = [(entry["step"], 100 * entry["sparsity"]) for entry in log if "sparsity" in entry]
+    return [step for step, _ in logged], [share for _, share in logged]
 
 
 def write_layer_plot(directory: str, results: dict) -> None:

@@ -2,10 +2,10 @@
 
 import os
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
@@ -30,16 +30,24 @@ from .evaluation import (
     first_items,
     metrics_before_pruning,
     pruning_metrics,
-    train_accuracy,
     try_to_count,
 )
 from .formats import let_trainer_configure, weights_trainer_misses, write_config
-from .methods import IterativeMagnitudePruning
+from .methods import Method
 from .model_card import write_model_card
 from .plan import Plan
-from .planning import dense_history, given_history, run_masks, run_plan
+from .planning import dense_history, given_history, make_method, run_masks, run_plan
 from .prunable import find_prunable
-from .report import collect_results, final_metrics, measures, plan_table, write_layer_plot, write_plot, write_results
+from .report import (
+    collect_results,
+    final_metrics,
+    measures,
+    plan_table,
+    sparsities,
+    write_layer_plot,
+    write_plot,
+    write_results,
+)
 from .scheduler import PlannedScheduler
 from .speedup import MultiplyAdds
 from .throughput import Throughput
@@ -54,7 +62,7 @@ class BIMPTrainer(Trainer):
     holds the steps of all prunings and the sparsities they reach, and `method.masks` what is pruned.
     """
 
-    method: IterativeMagnitudePruning | None = None
+    method: Method | None = None
     resumed: dict | None = None  # the state of the checkpoint that this run continues
     _history: DenseHistory | None = None  # of the dense phase, planned or long past
     _recorded: DenseHistory | None = None  # what checkpoints tell later runs
@@ -120,32 +128,30 @@ class BIMPTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
-        check_optimizer(getattr(optimizer, "optimizer", optimizer))  # a second train() finds it wrapped by Accelerate
+        check_optimizer(self.plain_optimizer)
         return optimizer
+
+    @property
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer out of Accelerate's wrapper."""
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Makes the plan, the method and the scheduler that follows them."""
         args = self.args
         args.validate()
+        optimizer = self.optimizer if optimizer is None else optimizer
+        if self.method is not None:  # of an earlier train() with the same optimizer
+            self.method.detach(optimizer)
         masks, self._dense = run_masks(self)
         plan = run_plan(self, masks, num_training_steps)
-        optimizer = self.optimizer if optimizer is None else optimizer
         masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
         base = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         self._history = dense_history(self, plan, base)
         # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
         self._recorded = given_history(self) if args.keep_zeros and not plan.num_cycles else self._history
-        dense = self._history and self._history.rates(unit=base)
-        self.method = IterativeMagnitudePruning(
-            plan,
-            masks,
-            eta_1=dense.peak if dense else 1.0,
-            dense=dense,
-            retrain_schedule=args.retrain_schedule,
-            tuned_rate=args.retrain_learning_rate and args.retrain_learning_rate / base,
-            warmup_ratio=args.retrain_warmup_ratio,
-            train_accuracy=partial(train_accuracy, self),
-        )
+        self.method = make_method(self, plan, masks, self._history, base)
+        self.method.attach(optimizer)
         self.lr_scheduler = PlannedScheduler(optimizer, self.method.rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -181,23 +187,38 @@ class BIMPTrainer(Trainer):
         Evaluation and checkpoints of the step before have seen the finished phase, and a run resumed from such a
         checkpoint does the pruning again.
         """
+        self.method.begin_step(step)
         if self.method.is_due(step):
             self._prune()
         self.lr_scheduler.set_step(step)
 
+    def end_step(self, step: int) -> None:
+        """After optimizer step `step` - 1, before any evaluation: a pruning that comes after the last one."""
+        self.throughput.step_ended()
+        if step == self.plan.total_steps and self.method.is_due(step):
+            should_log = self.control.should_log
+            self._prune()
+            self.control.should_log = should_log  # logging the pruning has taken it for done
+
     def _prune(self) -> None:
-        self.throughput.interrupted()
-        before = metrics_before_pruning(self)
+        measured, before, after = self.method.is_measured, {}, {}
+        if measured:
+            self.throughput.interrupted()
+            before = metrics_before_pruning(self)
         pruning = self.method.prune(self.optimizer)
         check_ranks_agree(self.accelerator, self.method.masks, pruning)
-        report_collapse(self.method.masks, pruning, self.args.on_collapse)
+        if self.method.is_hard or self.method.is_complete:
+            report_collapse(self.method.masks, pruning, self.args.on_collapse)
         record = {
             f"prune_{key}": value for key, value in asdict(pruning).items() if key != "step" and value is not None
         }
-        record["prune_retrain_peak"] = pruning.retrain_peak * self.base_learning_rate
+        if pruning.retrain_peak is not None:
+            record["prune_retrain_peak"] = pruning.retrain_peak * self.base_learning_rate
         if (speedup := self.theoretical_speedup()) is not None:
             record["prune_theoretical_speedup"] = speedup
-        self.log(record | before | pruning_metrics(self, "after_prune"))
+        if measured:
+            after = pruning_metrics(self, "after_prune")
+        self.log(record | before | after)
 
     def theoretical_speedup(self) -> float | None:
         """Multiply-adds of the dense model over those of the model as it is; None where they cannot be counted."""
@@ -220,6 +241,11 @@ class BIMPTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self.method.edit_gradients()
         return loss
+
+    def _clip_grad_norm(self, model):
+        # As if what the method trains were parameters of the model.
+        parameters = [*model.parameters(), *self.method.extra_parameters]
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss per label of the whole accumulated batch, on all processes.
@@ -252,6 +278,11 @@ class BIMPTrainer(Trainer):
             description = "Measuring a pruning"  # under "Prediction" Trainer would keep every batch's predictions
         return super().evaluation_loop(dataloader, description, *args, **kwargs)
 
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self.method is not None and self.method.implicit_sparsity:
+            logs = logs | {"sparsity": self.method.sparsity}  # what its knobs are tuned by
+        super().log(logs, *args, **kwargs)
+
     # ---- Saving and resuming ----
 
     def run_settings(self) -> dict:
@@ -260,9 +291,7 @@ class BIMPTrainer(Trainer):
         return {
             "method": args.method,
             "plan": self.plan.to_dict(),
-            "retrain_schedule": args.retrain_schedule,
-            "retrain_learning_rate": args.retrain_learning_rate,
-            "retrain_warmup_ratio": self.method.warmup_ratio,
+            **self.method.settings,
             "dense_schedule": history and asdict(history),
             "keep_zeros": args.keep_zeros,
             "learning_rate": self.base_learning_rate if history is None else None,
@@ -282,15 +311,16 @@ class BIMPTrainer(Trainer):
         if self.args.should_save and not isinstance(self.model, PreTrainedModel):  # they have written theirs
             write_config(self.model, Path(output_dir))
         if self.args.should_save and self.method is not None:
-            is_dense_over = self.state.global_step >= self.plan.dense_steps or self._recorded is not self._history
+            is_dense_over = self.state.global_step >= self.plan.schedule_steps or self._recorded is not self._history
             history = self._recorded if is_dense_over else None
-            progress, processes = self.method.state_dict(), self.args.world_size
-            ckpt.write_state(output_dir, self.run_settings(), progress, history, processes)
+            progress, has_tensors = self.method.state_dict(), bool(self.method.tensors())
+            ckpt.write_state(output_dir, self.run_settings(), progress, history, self.args.world_size, has_tensors)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.method.masks.save(os.path.join(output_dir, ckpt.MASKS_NAME))
+            ckpt.write_tensors(output_dir, self.method.tensors())
 
     def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, checkpoint, trial):
         epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
@@ -316,13 +346,14 @@ class BIMPTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         self.method.masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
         self.method.load_state_dict(self.resumed["progress"])
+        self.method.load_tensors(ckpt.read_tensors(checkpoint, self.args.device))
 
     def finish_run(self) -> None:
         """Saves the final model, measures it where that was not done, and writes results and picture."""
         if not self.method.is_complete:
             logger.warning(
                 f"Training stopped after {self.method.cycle} of {self.plan.num_cycles} prunings: the model is "
-                f"{self.method.masks.sparsity:.2%} sparse."
+                f"{sparsities(self)['prunable']:.2%} sparse."
             )
         if self.eval_dataset is not None and not self._final_metrics():
             self.evaluate(ignore_keys=self.ignore_keys_for_eval)

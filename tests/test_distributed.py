@@ -20,6 +20,16 @@ MODELS = {"classifier": (classifier, classification_items), "t5": (tiny_t5, tran
 SCHEDULES = {"classifier": "acc_allr", "t5": "allr"}
 WHOLE = 40  # whole batches only: with two processes Accelerate repeats items to fill up the last one
 RAGGED = 37  # the last batch of an epoch is smaller, and accumulates fewer micro-batches
+METHODS: dict[str, dict] = {
+    "gmp": {"num_prunings": 2},
+    "gsm": {"weight_decay": 0.1},
+    "lc": {"weight_decay": 0.1},
+    "dpf": {"num_prunings": 2, "dpf_interval": 2},
+    "dnw": {},
+    "cs": {"target_sparsity": None, "cs_penalty": 1e-3},
+    "str": {"target_sparsity": None, "str_initial_threshold": -3.0, "weight_decay": 0.1},
+    "dst": {"target_sparsity": None, "dst_penalty": 0.02},
+}
 TASKS = {  # of two processes: model, batch of each process, accumulation
     "classifier": ("classifier", 4, 1),
     "t5": ("t5", 4, 1),
@@ -60,6 +70,9 @@ def train(
         learning_rate=0.1,
         max_grad_norm=1.0,
     )
+    if "method" in changes:
+        for of_bimp in ("dense_ratio", "num_cycles", "retrain_schedule"):
+            del defaults[of_bimp]
     trainer = BIMPTrainer(
         model=model,
         args=BIMPArguments(**run_arguments(folder, **(defaults | changes))),
@@ -78,6 +91,7 @@ def train(
     trainer.add_callback(At("on_pre_optimizer_step", keep("after")))
     trainer.train()
     save_file(seen, folder / f"weights-{rank}.safetensors")
+    save_file(matrices(trainer.model), folder / f"final-{rank}.safetensors")
     if rank == 0:
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
 
@@ -159,7 +173,20 @@ def test_two_processes_prune_the_same_weights(two_processes, task):
     assert sum(int((weight == 0).sum()) for weight in pruned) == round(0.8 * count)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_learn_the_same_by_any_method(tmp_path, two_processes, method):
+    train(tmp_path, "classifier", batch=8, accumulation=1, method=method, **METHODS[method])
+    log, losses = two_processes / method, log_of(tmp_path, "loss")
+    assert losses == pytest.approx(log_of(log, "loss"), rel=1e-4) and len(losses) == STEPS
+    assert log_of(tmp_path, "prune_sparsity") == pytest.approx(log_of(log, "prune_sparsity"), abs=1e-2)
+    ranks = [load_file(log / f"final-{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+
+
 if __name__ == "__main__":
+    for method, knobs in METHODS.items():
+        rank = int(os.environ["RANK"])
+        train(Path(sys.argv[1]) / method, "classifier", 4, 1, rank=rank, method=method, **knobs)
     for task, (name, batch, accumulation) in TASKS.items():
         train(Path(sys.argv[1]) / task, name, batch, accumulation, rank=int(os.environ["RANK"]))
 

@@ -58,6 +58,19 @@ SCENARIOS: dict[str, dict] = {
 }
 
 
+METHODS: dict[str, dict] = {
+    "gmp": {"target_sparsity": 0.8, "num_prunings": 4, "gmp_schedule": "cyclic"},
+    "gmp, hard": {"target_sparsity": 0.8, "num_prunings": 4, "gmp_hard": True, "optim": "sgd"},
+    "gsm": {"target_sparsity": 0.8, "weight_decay": 0.1, "optim": "sgd", "optim_args": "momentum=0.9"},
+    "lc": {"target_sparsity": 0.8, "weight_decay": 0.1},
+    "dpf": {"target_sparsity": 0.8, "num_prunings": 3, "dpf_interval": 3, "finetune_ratio": 0.25},
+    "dnw": {"target_sparsity": 0.8, "optim": "sgd", "optim_args": "momentum=0.9"},
+    "cs": {"cs_penalty": 1e-3, "cs_initial_mask": 0.02},
+    "str": {"str_initial_threshold": -3.0, "weight_decay": 0.1, "finetune_ratio": 0.25},
+    "dst": {"dst_penalty": 0.02, "optim": "sgd", "optim_args": "momentum=0.9"},
+}
+
+
 def build(output_dir: Path | str, **scenario) -> BIMPTrainer:
     torch.set_num_threads(1)
     dropout, name = scenario.pop("dropout", 0.0), scenario.pop("model", "classifier")
@@ -65,13 +78,12 @@ def build(output_dir: Path | str, **scenario) -> BIMPTrainer:
     noisy = scenario.pop("noisy", False)
     defaults = {
         "max_steps": STEPS,
-        "target_sparsity": 0.8,
-        "num_cycles": 2,
-        "dense_ratio": BOUNDARIES[0] / STEPS,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 3,
     }
+    if "method" not in scenario:
+        defaults |= {"target_sparsity": 0.8, "num_cycles": 2, "dense_ratio": BOUNDARIES[0] / STEPS}
     if scenario.get("save_strategy") == "epoch":
         defaults.pop("save_steps")
     items = classification_items(count) if name == "classifier" else translation_items(count)
@@ -118,8 +130,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert prunings(one) == prunings(other)
     rates = [json.loads((max_checkpoint(d) / "trainer_state.json").read_text())["log_history"] for d in (one, other)]
-    assert [[e["step"], e["prune_retrain_peak"]] for e in rates[0] if "prune_cycle" in e] == [
-        [e["step"], e["prune_retrain_peak"]] for e in rates[1] if "prune_cycle" in e
+    assert [[e["step"], e.get("prune_retrain_peak")] for e in rates[0] if "prune_cycle" in e] == [
+        [e["step"], e.get("prune_retrain_peak")] for e in rates[1] if "prune_cycle" in e
     ]
 
 
@@ -165,6 +177,18 @@ def test_killed_again_and_again(tmp_path, name):
     assert_same_run(whole, tmp_path / "killed")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_killed_twice(tmp_path, name):
+    """In the middle, and in the last steps: for some that is after their end, in fine-tuning."""
+    scenario = {"method": name.split(",")[0], "gradient_accumulation_steps": 2, "items": 37, "dropout": 0.2}
+    scenario |= METHODS[name]
+    run(tmp_path / "whole", scenario)
+    run(tmp_path / "killed", scenario, event="on_save", step=5)
+    run(tmp_path / "killed", scenario, resume=True, event="on_pre_optimizer_step", step=13)
+    run(tmp_path / "killed", scenario, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_random_augmentation_is_exact_from_the_end_of_an_epoch(tmp_path):
     scenario = {"noisy": True, "save_strategy": "epoch", "dropout": 0.2}
     run(tmp_path / "whole", scenario)
@@ -193,7 +217,7 @@ def test_killed_after_the_last_checkpoint_of_a_schedule_that_does_not_end_at_zer
 
 
 def test_finished_dense_run_can_be_resumed(tmp_path):
-    scenario = {"method": "dense", "target_sparsity": None, "num_cycles": None, "dense_ratio": 0.5}
+    scenario = {"method": "dense"}
     run(tmp_path, scenario)
     before = (tmp_path / "model.safetensors").read_bytes()
     run(tmp_path, scenario, resume=True)

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..masks import Masks
-from ..plan import Phase, Plan
+from ..plan import Phase, Plan, check_amount
+from ..rules import CRITERIA, parse_n_of_m
 from ..schedules import (
+    ADAPTIVE,
     NEED_DENSE_HISTORY,
     RETRAIN_SCHEDULES,
     TUNED,
@@ -19,34 +21,71 @@ from ..schedules import (
     retrain_peak,
     retrain_rate,
 )
+from .base import Method, Pruning
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """What pruning `cycle` (1..J) before optimizer step `step` did.
+@dataclass
+class IMPArguments:
+    """The knobs of BIMP and IMP."""
 
-    `sparsity` is the share of pruned weights that it reached, `threshold` the largest magnitude that it removed,
-    `distance` ||W - W_p||_2 over the prunable weights, `d1` its impact, `d2` the relative length of the retraining
-    (None without a dense history), and `retrain_peak` the largest learning rate of the cycle, in the unit of the
-    caller's rates. `collapsed_layers` counts the weights that have nothing left.
-    """
+    num_cycles: int | None = field(
+        default=None,
+        metadata={
+            "help": "J, the number of prune-retrain cycles (default 1: one shot). 0 is allowed with keep_zeros alone."
+        },
+    )
+    dense_ratio: float = field(
+        default=0.5,
+        metadata={"help": "T0/T, the dense share of the budget. 0 prunes the given model at once (IMP)."},
+    )
+    prune_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "s, the share of the remaining weights that each pruning removes, in place of num_cycles: the "
+            "target then decides how many cycles there are (Renda et al., 2020, with 0.2)."
+        },
+    )
+    retrain_schedule: str = field(
+        default="allr",
+        metadata={"help": "Learning-rate schedule of each cycle.", "choices": RETRAIN_SCHEDULES},
+    )
+    retrain_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak rate of the tuned schedules: constant, stepped, cosine, linear."},
+    )
+    retrain_warmup_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each cycle that warms up. By default the paper's: 0.1, and 0 for the tuned schedules "
+            "(ft and lrw have no warm-up)."
+        },
+    )
+    granularity: str = field(
+        default="weight",
+        metadata={
+            "help": "What is removed: 'weight'; 'filter' (whole output filters, the same share of each layer's, by "
+            "their L2 norm); or 'n:m' such as 2:4 (of m consecutive inputs n stay, so the sparsity is 1 - n/m)."
+        },
+    )
+    criterion: str = field(
+        default="magnitude",
+        metadata={"help": "Which weights or filters go: the smallest, or random ones.", "choices": CRITERIA},
+    )
+    keep_zeros: bool = field(
+        default=False,
+        metadata={"help": "The model is sparse already: its zeros stay zero, and its sparsity is S_0."},
+    )
+    dense_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "With dense_ratio=0: T, the length in optimizer steps of the dense training that the given model "
+            "had with this learning_rate, lr_scheduler_type and warmup_steps. By default it is read from the model's "
+            "checkpoint, when hf_bimp wrote it."
+        },
+    )
 
-    cycle: int
-    step: int
-    sparsity: float
-    threshold: float
-    distance: float
-    d1: float
-    d2: float | None
-    retrain_peak: float
-    collapsed_layers: int
 
-
-class LayerCollapseError(RuntimeError):
-    """A pruning left a layer without any weight, and `on_collapse` is "raise"."""
-
-
-class IterativeMagnitudePruning:
+class IterativeMagnitudePruning(Method):
     """Prunes where the plan says so, as the masks' rule does, and gives the learning rate of every step.
 
     Args:
@@ -63,6 +102,11 @@ class IterativeMagnitudePruning:
     `edit_gradients` between backward and clipping.
     """
 
+    description = "Iterative magnitude pruning"
+    Arguments = IMPArguments
+    is_hard = True
+    is_measured = True  # every pruning
+
     def __init__(
         self,
         plan: Plan,
@@ -74,13 +118,20 @@ class IterativeMagnitudePruning:
         warmup_ratio: float | None = None,
         train_accuracy: Callable[[], float] | None = None,
     ):
-        self.plan, self.masks, self.eta_1, self.dense = plan, masks, eta_1, dense
+        super().__init__(plan, masks, dense)
+        self.eta_1 = eta_1
         self.schedule, self.tuned_rate, self.train_accuracy = retrain_schedule, tuned_rate, train_accuracy
         self.warmup_ratio = default_warmup_ratio(retrain_schedule) if warmup_ratio is None else warmup_ratio
         self.peaks: list[float] = []  # one for each pruning done
         self.dense_accuracy: float | None = None
         check_schedule(retrain_schedule, tuned_rate, warmup_ratio)
         self._check_plan()
+
+    @classmethod
+    def check(cls, args) -> None:
+        _set_sparsity_of_pattern(args)
+        _check_amount(args)
+        check_schedule(args.retrain_schedule, args.retrain_learning_rate, args.retrain_warmup_ratio)
 
     def _check_plan(self) -> None:
         if self.plan.num_cycles and self.dense is None and self.schedule in NEED_DENSE_HISTORY:
@@ -103,17 +154,11 @@ class IterativeMagnitudePruning:
             )
 
     @property
-    def cycle(self) -> int:
-        """How many prunings are done."""
-        return len(self.peaks)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.cycle == self.plan.num_cycles
-
-    def is_due(self, step: int) -> bool:
-        """Whether a pruning comes before optimizer step `step`."""
-        return not self.is_complete and step >= self.plan.prune_steps[self.cycle]
+    def summary(self) -> str:
+        cycles = self.plan.num_cycles
+        if not cycles:
+            return "no pruning, only training" + (" with the zeros held" if self.plan.initial_sparsity else "")
+        return f"{cycles} prune-retrain cycle{'s' * (cycles > 1)}, retraining by {self.schedule}"
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`."""
@@ -126,6 +171,15 @@ class IterativeMagnitudePruning:
     def planned_peak(self, phase: Phase) -> float:
         """The largest rate of a cycle whose schedule does not wait for the pruning."""
         return retrain_peak(self.schedule, phase.steps, self.eta_1, self.dense, 1.0, self.tuned_rate)
+
+    def describe_peak(self, phase: Phase, unit: float) -> str:
+        if phase.cycle == 0:
+            return f"{self.dense.peak * unit:.3g}"
+        if phase.cycle <= self.cycle:
+            return f"{self.peaks[phase.cycle - 1] * unit:.3g}"
+        if self.schedule in ADAPTIVE:
+            return f"d * {self.eta_1 * unit:.3g}"
+        return super().describe_peak(phase, unit)
 
     def prune(self, optimizer: torch.optim.Optimizer) -> Pruning:
         """Does the next pruning: masks, weights, the state of `optimizer`, and the next cycle's peak rate."""
@@ -144,6 +198,7 @@ class IterativeMagnitudePruning:
         d = discount(self.schedule, d1, d2)
         peak = retrain_peak(self.schedule, phase.steps, self.eta_1, self.dense, d, self.tuned_rate)
         self.peaks.append(peak)
+        self.cycle += 1
         return Pruning(
             cycle=phase.cycle,
             step=phase.start,
@@ -156,15 +211,20 @@ class IterativeMagnitudePruning:
             collapsed_layers=len(self.masks.collapsed),
         )
 
-    def edit_gradients(self) -> None:
-        self.masks.mask_gradients()
+    @property
+    def settings(self) -> dict:
+        return {
+            "retrain_schedule": self.schedule,
+            "retrain_learning_rate": self.tuned_rate,
+            "retrain_warmup_ratio": self.warmup_ratio,
+        }
 
     def state_dict(self) -> dict:
-        """What a checkpoint needs beside the masks, as JSON."""
         return {"peaks": self.peaks, "dense_accuracy": self.dense_accuracy}
 
     def load_state_dict(self, state: dict) -> None:
         self.peaks, self.dense_accuracy = list(state["peaks"]), state["dense_accuracy"]
+        self.cycle = len(self.peaks)
 
 
 def check_schedule(schedule: str, tuned_rate: float | None, warmup_ratio: float | None) -> None:
@@ -182,3 +242,46 @@ def check_schedule(schedule: str, tuned_rate: float | None, warmup_ratio: float 
         raise ValueError(f"retrain_warmup_ratio={warmup_ratio} must lie in [0, 1): it is a share of a cycle.")
     if warmup_ratio and schedule in WITHOUT_WARMUP:
         raise ValueError(f"retrain_warmup_ratio={warmup_ratio}: {schedule!r} has no warm-up. Leave it out.")
+
+
+def _set_sparsity_of_pattern(args) -> None:
+    """n:m fixes the sparsity."""
+    pattern = parse_n_of_m(args.granularity)
+    if pattern is None or args.method == "dense" or args.num_cycles == 0:
+        return
+    sparsity = 1 - pattern[0] / pattern[1]
+    if args.target_sparsity is None:
+        args.target_sparsity = sparsity
+    if abs(args.target_sparsity - sparsity) > 1e-9:
+        raise ValueError(
+            f"granularity={args.granularity!r} fixes the sparsity at {sparsity:.4g}: leave target_sparsity out "
+            f"(given: {args.target_sparsity})."
+        )
+
+
+def _check_amount(args) -> None:
+    if args.dense_steps is not None and (
+        args.dense_ratio > 0 or args.dense_steps < 1 or args.method == "dense" or args.num_cycles == 0
+    ):
+        raise ValueError(
+            f"dense_steps={args.dense_steps} is the length of an earlier dense training, at least 1: it goes with "
+            f"pruning and dense_ratio=0 (given: method={args.method!r}, num_cycles={args.num_cycles}, "
+            f"dense_ratio={args.dense_ratio})."
+        )
+    if args.method == "dense":
+        if args.target_sparsity is not None or args.keep_zeros:
+            raise ValueError("method='dense' prunes nothing: leave target_sparsity and keep_zeros out.")
+        return
+    if args.num_cycles is not None and args.prune_fraction is not None:
+        raise ValueError(
+            f"num_cycles={args.num_cycles} and prune_fraction={args.prune_fraction} each decide the number of "
+            "cycles: give one of them."
+        )
+    if args.num_cycles == 0:
+        if not args.keep_zeros or args.target_sparsity is not None:
+            raise ValueError(
+                "num_cycles=0 prunes nothing: it goes with keep_zeros=True and without target_sparsity, to "
+                "fine-tune a sparse model. To prune, num_cycles must be at least 1."
+            )
+        return
+    check_amount(args.target_sparsity, args.num_cycles, args.dense_ratio, args.prune_fraction)

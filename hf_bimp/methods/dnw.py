@@ -1,0 +1,20 @@
+"""DNW: discovering neural wirings (Wortsman et al., 2019)."""
+
+from .dense_behind import DenseBehind
+
+
+class DiscoveringNeuralWirings(DenseBehind):
+    """Every step computes with the top (1 - goal) of the dense weights alone, chosen anew; all receive the gradient.
+
+    That is the straight-through estimator: the gradient with respect to a weight that is not used is the one with
+    respect to the zero in its place. Sparse from the first step on, so its last, hard pruning changes nothing.
+    """
+
+    description = "Discovering neural wirings (DNW, Wortsman et al., 2019)"
+
+    @classmethod
+    def prunings(cls, steps, target_sparsity, **knobs):
+        return (0, steps), (target_sparsity, target_sparsity)
+
+    def renew(self) -> None:
+        self.masks.renew(self.goal, self.behind)

@@ -1,0 +1,29 @@
+"""GSM: global sparse momentum (Ding et al., 2019)."""
+
+import torch
+
+from ..selection import prune_smallest
+from .base import Method
+
+
+class GlobalSparseMomentum(Method):
+    """Only the top (1 - goal) of the weights by |w * dL/dw| receive the gradient of the loss, chosen at every step.
+
+    The others only decay, by weight decay and momentum, so that one hard pruning at the end removes little. Its knob
+    is the optimizer's own momentum (the paper's grid: 0.9, 0.95, 0.99; `optim_args: momentum=0.95`), or `adam_beta1`.
+    """
+
+    description = "Global sparse momentum (GSM, Ding et al., 2019)"
+    needs_weight_decay = True
+    allocations = ("global",)
+
+    @torch.no_grad()
+    def edit_gradients(self) -> None:
+        if self.is_complete:
+            return super().edit_gradients()
+        weights = [weight for weight in self.masks.weights.values() if weight.grad is not None]
+        passive = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+        count = sum(weight.numel() for weight in weights)
+        prune_smallest([weight * weight.grad for weight in weights], passive, round(self.goal * count))
+        for weight, mask in zip(weights, passive, strict=True):
+            weight.grad.masked_fill_(mask, 0)
