@@ -1,18 +1,14 @@
 """`BIMPTrainer`: a `Trainer` whose `train()` is one whole run of dense training, prunings and retrainings."""
 
-import os
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Seq2SeqTrainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from . import checkpoint as ckpt
 from .arguments import BIMPArguments
 from .callback import PruningCallback, ReportingCallback
 from .checks import (
@@ -24,7 +20,6 @@ from .checks import (
     report_collapse,
     warn_of_unused,
 )
-from .dense import DenseHistory
 from .evaluation import (
     example_inputs,
     first_items,
@@ -32,8 +27,7 @@ from .evaluation import (
     pruning_metrics,
     try_to_count,
 )
-from .formats import let_trainer_configure, weights_trainer_misses, write_config
-from .methods import Method
+from .formats import let_trainer_configure
 from .model_card import write_model_card
 from .plan import Plan
 from .planning import dense_history, given_history, make_method, run_masks, run_plan
@@ -48,6 +42,7 @@ from .report import (
     write_plot,
     write_results,
 )
+from .resuming import ResumableTrainer
 from .scheduler import PlannedScheduler
 from .speedup import MultiplyAdds
 from .throughput import Throughput
@@ -55,17 +50,13 @@ from .throughput import Throughput
 logger = logging.get_logger(__name__)
 
 
-class BIMPTrainer(Trainer):
+class BIMPTrainer(ResumableTrainer):
     """Trains, prunes and retrains within one `train()` call, as `BIMPArguments` says.
 
     It takes what `Trainer` takes, except for a learning-rate scheduler of one's own. Once training has begun, `plan`
     holds the steps of all prunings and the sparsities they reach, and `method.masks` what is pruned.
     """
 
-    method: Method | None = None
-    resumed: dict | None = None  # the state of the checkpoint that this run continues
-    _history: DenseHistory | None = None  # of the dense phase, planned or long past
-    _recorded: DenseHistory | None = None  # what checkpoints tell later runs
     _trial = None  # of a hyperparameter search
     is_measuring = False  # whether metrics around a pruning are being taken
     ignore_keys_for_eval: list[str] | None = None  # as given to train()
@@ -110,19 +101,7 @@ class BIMPTrainer(Trainer):
         `save_strategy="no"`, the model. Raises `ValueError` where the arguments, the model and a checkpoint to resume
         from do not go together, before anything is trained or written.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = ckpt.last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"{self.args.output_dir} holds no complete checkpoint of hf_bimp to resume from "
-                    "(save_only_model=True leaves none). Call train() without resume_from_checkpoint to start afresh."
-                )
-        elif resume_from_checkpoint and not ckpt.is_complete(Path(resume_from_checkpoint)):
-            raise ValueError(
-                f"{resume_from_checkpoint} is no complete checkpoint: its {TRAINER_STATE_NAME}, written last, is "
-                "missing or cut off. Give another one, or resume_from_checkpoint=True for the newest complete one."
-            )
-        self.resumed = ckpt.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self.ignore_keys_for_eval, self._trial = ignore_keys_for_eval, trial
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -283,70 +262,7 @@ class BIMPTrainer(Trainer):
             logs = logs | {"sparsity": self.method.sparsity}  # what its knobs are tuned by
         super().log(logs, *args, **kwargs)
 
-    # ---- Saving and resuming ----
-
-    def run_settings(self) -> dict:
-        """What a resumed run must share with the one it continues."""
-        args, history = self.args, self._history
-        return {
-            "method": args.method,
-            "plan": self.plan.to_dict(),
-            **self.method.settings,
-            "dense_schedule": history and asdict(history),
-            "keep_zeros": args.keep_zeros,
-            "learning_rate": self.base_learning_rate if history is None else None,
-            "granularity": args.granularity,
-            "allocation": args.allocation or ("global" if args.granularity == "weight" else "uniform"),
-            "criterion": args.criterion,
-            "random_seed": args.seed if args.criterion == "random" else None,
-            "prune_modules": args.prune_modules,
-            "skip_modules": args.skip_modules,
-        }
-
-    def _save(self, output_dir=None, state_dict=None):
-        output_dir = output_dir or self.args.output_dir
-        if self.args.should_save:
-            ckpt.forget_completion(output_dir)
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and not isinstance(self.model, PreTrainedModel):  # they have written theirs
-            write_config(self.model, Path(output_dir))
-        if self.args.should_save and self.method is not None:
-            is_dense_over = self.state.global_step >= self.plan.schedule_steps or self._recorded is not self._history
-            history = self._recorded if is_dense_over else None
-            progress, has_tensors = self.method.state_dict(), bool(self.method.tensors())
-            ckpt.write_state(output_dir, self.run_settings(), progress, history, self.args.world_size, has_tensors)
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.method.masks.save(os.path.join(output_dir, ckpt.MASKS_NAME))
-            ckpt.write_tensors(output_dir, self.method.tensors())
-
-    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, checkpoint, trial):
-        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
-        # Trainer would do one step too many where the last checkpoint lies within an epoch.
-        return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        weights = weights_trainer_misses(self.model, resume_from_checkpoint)
-        if weights is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.model.load_state_dict(weights)
-
-    def _load_best_model(self):
-        weights = weights_trainer_misses(self.model, self.state.best_model_checkpoint)
-        if weights is None:
-            super()._load_best_model()
-        else:
-            self.model.load_state_dict(weights)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        ckpt.check_same_settings(checkpoint, self.resumed["settings"], self.run_settings())
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self.method.masks.load(os.path.join(checkpoint, ckpt.MASKS_NAME))
-        self.method.load_state_dict(self.resumed["progress"])
-        self.method.load_tensors(ckpt.read_tensors(checkpoint, self.args.device))
+    # ---- The end ----
 
     def finish_run(self) -> None:
         """Saves the final model, measures it where that was not done, and writes results and picture."""

@@ -32,10 +32,13 @@ def report(trainer: BIMPTrainer, metric: str, card: dict) -> None:
 
 def summary(results: dict, metric: str, directory: Path) -> str:
     """The run as a table: metric and sparsity when dense, after each pruning and retraining, and in the end."""
-    rows = [("dense", results["dense"], results["plan"]["initial_sparsity"])]
+    rows = [("dense", results["dense"], results["plan"]["initial_sparsity"])] if results["dense"] else []
     for pruning in results["prunings"]:
+        if not pruning["after"]:
+            continue  # pruning-stable methods have many, and measure the last one
         rows.append((f"pruning {pruning['cycle']}", pruning["after"], pruning["sparsity"]))
-        rows.append((f"retraining {pruning['cycle']}", pruning["retrained"], pruning["sparsity"]))
+        if results["dense"]:
+            rows.append((f"retraining {pruning['cycle']}", pruning["retrained"], pruning["sparsity"]))
     rows.append(("final (validation)", results["final"], results["sparsity"]["prunable"]))
     if "test" in results:
         rows.append(("final (test)", results["test"], results["sparsity"]["prunable"]))
