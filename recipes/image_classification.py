@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import timm
 from cli import parse
 from image_data import DataArguments, ImageTransform, load_images, num_classes
-from outcome import report, train_and_test
+from outcome import Task
 from timm.data import resolve_model_data_config
 from torch import nn
 from transformers import (
@@ -105,8 +105,10 @@ def input_statistics(
     return args.image_size or size, tuple(mean), tuple(std)
 
 
-def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
-    """One whole run; what `bimp_results.json` holds in the end."""
+def build_task(
+    data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments, restarts: bool = False
+) -> Task:
+    """The whole task; with `restarts` every `train()` starts from a new model, as hyperparameter search wants it."""
     loss = prepare_arguments(args)
     set_seed(args.seed)
     data = load_images(data_args)
@@ -117,6 +119,10 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
     if model_args.timm_model is not None:  # the saved model's configuration tells how to prepare its images
         size, mean, std = statistics
         model.pretrained_cfg |= {"input_size": (model_args.channels, size, size), "mean": mean, "std": std}
+
+    def new_model() -> nn.Module:
+        return name_logits(build_model(model_args, num_classes(data)))
+
     sets = {
         split: Transformed(
             rows, ImageTransform(data_args.augmentation, model_args.channels, *statistics, training=split == "train")
@@ -124,7 +130,7 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
         for split, rows in data.items()
     }
     trainer = BIMPTrainer(
-        model=model,
+        **({"model_init": new_model} if restarts else {"model": model}),
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
@@ -134,14 +140,12 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
         compute_metrics=Streamed(Accuracy()),
         preprocess_logits_for_metrics=predicted_classes,
     )
-    results = train_and_test(trainer, sets.get("test"))
     card = {
         "tasks": "image-classification",
         "dataset": data_args.dataset_name or "scikit-learn digits",
         "finetuned_from": model_args.model_name_or_path,
     }
-    report(trainer, "accuracy", card)
-    return results
+    return Task(trainer, sets.get("test"), "accuracy", card)
 
 
 def main() -> None:
@@ -149,7 +153,7 @@ def main() -> None:
     if data_args.dataset_name is None and args.should_log:
         print("Using scikit-learn's digits, offline. To prune ResNet-56 on CIFAR-10, run:")
         print("    accelerate launch recipes/image_classification.py recipes/configs/cifar10_resnet56.yaml")
-    run(data_args, model_args, args)
+    build_task(data_args, model_args, args).run()
 
 
 if __name__ == "__main__":

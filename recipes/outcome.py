@@ -1,11 +1,28 @@
 """What every recipe does with its trainer: train, test, write the results, print them, and a model card or a push."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from hf_bimp import BIMPTrainer
 from hf_bimp.report import write_results
+
+
+@dataclass
+class Task:
+    """What a recipe builds: a trainer, the data to test on in the end, and what describes it."""
+
+    trainer: BIMPTrainer
+    test: Dataset | None
+    metric: str
+    card: dict = field(default_factory=dict)
+
+    def run(self) -> dict:
+        """One whole run; what `bimp_results.json` holds in the end."""
+        results = train_and_test(self.trainer, self.test)
+        report(self.trainer, self.metric, self.card)
+        return results
 
 
 def train_and_test(trainer: BIMPTrainer, test: Dataset | None) -> dict:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import segmentation_models_pytorch as smp
 import torch
 from cli import parse
-from outcome import report, train_and_test
+from outcome import Task
 from segmentation_data import DataArguments, SegmentationTransform, load_segmentations
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -122,8 +122,7 @@ def freeze_unused(model: nn.Module, size: list[int]) -> list[str]:
     return [f"^{re.escape(layer)}$" for layer in layers if f"{layer}.weight" in unused]
 
 
-def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> dict:
-    """One whole run; what `bimp_results.json` holds in the end."""
+def build_task(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> Task:
     loss = prepare_arguments(args)
     set_seed(args.seed)
     data = load_segmentations(data_args)
@@ -150,14 +149,12 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: BIMPArgument
         compute_metrics=Streamed(MeanIoU(data_args.num_classes)),
         preprocess_logits_for_metrics=predicted_classes,
     )
-    results = train_and_test(trainer, sets.get("test"))
     card = {
         "tasks": "image-segmentation",
         "dataset": data_args.dataset_name or "scikit-learn digits",
         "finetuned_from": model_args.model_name_or_path,
     }
-    report(trainer, "miou", card)
-    return results
+    return Task(trainer, sets.get("test"), "miou", card)
 
 
 def main() -> None:
@@ -165,7 +162,7 @@ def main() -> None:
     if data_args.dataset_name is None and args.should_log:
         print("Using scikit-learn's digits, offline. To prune PSPNet on CityScapes, run:")
         print("    accelerate launch recipes/semantic_segmentation.py recipes/configs/cityscapes_pspnet.yaml")
-    run(data_args, model_args, args)
+    build_task(data_args, model_args, args).run()
 
 
 if __name__ == "__main__":

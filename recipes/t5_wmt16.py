@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from cli import parse
-from outcome import report, train_and_test
+from outcome import Task, report, train_and_test
 from tiny_t5 import tiny_t5, train_tokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -45,6 +45,9 @@ class ModelArguments:
     tiny_num_layers: int = field(default=2, metadata={"help": "Layers in the encoder, and in the decoder."})
     tiny_num_heads: int = field(default=4, metadata={"help": "Attention heads."})
     tiny_dropout: float = field(default=0.0, metadata={"help": "Dropout rate."})
+
+
+ARGUMENTS = (DataArguments, ModelArguments, BIMPSeq2SeqArguments)
 
 
 def build_model(
@@ -83,18 +86,34 @@ class BleuOfTokens:
         return [text.strip() for text in self.tokenizer.batch_decode(padded, skip_special_tokens=True)]
 
 
-def main() -> None:
-    data_args, model_args, args = parse((DataArguments, ModelArguments, BIMPSeq2SeqArguments), DEFAULT_CONFIG)
-    if data_args.dataset_name is None and args.should_log:
-        print("Using the offline English-German sample (Unicode CLDR). To prune T5-small on WMT16, run:")
-        print(f"    {WMT16_COMMAND}")
+@dataclass
+class Translation(Task):
+    """A task whose results tell how BLEU was computed."""
+
+    bleu: BleuOfTokens | None = None
+
+    def run(self) -> dict:
+        results = train_and_test(self.trainer, self.test)
+        results["bleu_signature"] = self.bleu.signature
+        report(self.trainer, self.metric, self.card)
+        return results
+
+
+def build_task(
+    data_args: DataArguments, model_args: ModelArguments, args: BIMPSeq2SeqArguments, restarts: bool = False
+) -> Translation:
+    """The whole task; with `restarts` every `train()` starts from a new model, as hyperparameter search wants it."""
     set_seed(args.seed)
     pairs = load_pairs(data_args)
-    model, tokenizer = build_model(model_args, lambda: sentences(data_args, pairs["train"]))
+
+    def texts() -> list[str]:
+        return sentences(data_args, pairs["train"])
+
+    model, tokenizer = build_model(model_args, texts)
     encoded = tokenize(data_args, pairs, tokenizer)
     bleu = BleuOfTokens(tokenizer)
     trainer = BIMPSeq2SeqTrainer(
-        model=model,
+        **({"model_init": lambda: build_model(model_args, texts)[0]} if restarts else {"model": model}),
         args=args,
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
@@ -102,8 +121,6 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=bleu,
     )
-    results = train_and_test(trainer, encoded.get("test"))
-    results["bleu_signature"] = bleu.signature
     card = {
         "tasks": "translation",
         "language": [data_args.source_lang, data_args.target_lang],
@@ -112,7 +129,15 @@ def main() -> None:
         "dataset_args": data_args.dataset_config,
         "finetuned_from": model_args.model_name_or_path,
     }
-    report(trainer, "bleu", card)
+    return Translation(trainer, encoded.get("test"), "bleu", card, bleu)
+
+
+def main() -> None:
+    data_args, model_args, args = parse(ARGUMENTS, DEFAULT_CONFIG)
+    if data_args.dataset_name is None and args.should_log:
+        print("Using the offline English-German sample (Unicode CLDR). To prune T5-small on WMT16, run:")
+        print(f"    {WMT16_COMMAND}")
+    build_task(data_args, model_args, args).run()
 
 
 if __name__ == "__main__":

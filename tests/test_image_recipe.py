@@ -96,14 +96,13 @@ def test_a_transformers_model_on_a_local_folder_with_filters(tmp_path, folder) -
 def run_here(directory: Path, **changes) -> dict:
     """The recipe in this process, on a few digits."""
     from cli import parse_config
-    from image_classification import ARGUMENTS
-    from image_classification import run as run_recipe
+    from image_classification import ARGUMENTS, build_task
 
     config = yaml.safe_load((RECIPES / "configs" / "digits_resnet20.yaml").read_text())
     config |= {"use_cpu": True, "max_steps": 4, "max_train_samples": 60, "max_test_samples": 20}
     config |= {"eval_strategy": "no", "output_dir": str(directory), "num_cycles": 1, "disable_tqdm": True}
     config = {name: value for name, value in (config | changes).items() if value is not None}
-    return run_recipe(*parse_config(ARGUMENTS, config))
+    return build_task(*parse_config(ARGUMENTS, config)).run()
 
 
 def test_label_smoothing_of_a_timm_model(tmp_path) -> None:
@@ -139,6 +138,7 @@ def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
         "recipe": "image_classification",
         "base": "base.yaml",
         "model_key": "timm_model",
+        "model_prefix": "local-dir:",
         "metric": "accuracy",
         "final": "test",
         "seeds": [1, 2],
@@ -152,15 +152,15 @@ def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     arguments = [tmp_path / "study.yaml", "--output_dir", tmp_path / "out"]
-    first = recipe("vision_study.py", *arguments)
+    first = recipe("retraining_study.py", *arguments)
     assert first.returncode == 0, first.stderr
     table = (tmp_path / "out" / "table.md").read_text()
     assert "2 seeds" in table and "| ft |" in table and "| allr |" in table and "±" in table
-    files = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/study_results.json")}
+    files = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/result.json")}
     assert len(files) == 6
-    pruned = json.loads((tmp_path / "out" / "rules-allr-1" / "study_results.json").read_text())
+    pruned = json.loads((tmp_path / "out" / "rules-allr-1" / "result.json").read_text())
     assert pruned["prunings"][0]["d2"] == 0.5 and pruned["allocation"] == "erk"
-    assert recipe("vision_study.py", *arguments).returncode == 0
+    assert recipe("retraining_study.py", *arguments).returncode == 0
     assert files == {path: path.stat().st_mtime for path in files}
 
 

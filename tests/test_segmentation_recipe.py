@@ -22,7 +22,7 @@ from segmentation_data import (  # noqa: E402
     load_segmentations,
     pasted_digits,
 )
-from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, freeze_unused, name_logits, run  # noqa: E402
+from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused, name_logits  # noqa: E402
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 STEP = 20  # an image of the tests shows its mask in this contrast
@@ -203,7 +203,7 @@ def test_a_transformers_model_on_a_local_folder(tmp_path, folder) -> None:
     SegformerForSemanticSegmentation(tiny).save_pretrained(tmp_path / "model")
     SegformerImageProcessor().save_pretrained(tmp_path / "model")
     given = config(folder, tmp_path / "out", model_name_or_path=str(tmp_path / "model"), config_only=True)
-    results = run(*parse_config(ARGUMENTS, given))
+    results = build_task(*parse_config(ARGUMENTS, given)).run()
     assert {"miou", "pixel_accuracy", "loss"} <= results["final"].keys() and "test" not in results
     assert results["sparsity"]["prunable"] == pytest.approx(0.5, abs=0.01)
     saved = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "out")
@@ -212,10 +212,10 @@ def test_a_transformers_model_on_a_local_folder(tmp_path, folder) -> None:
 
 def test_deeplabv3_meets_no_batch_of_one_image(tmp_path, folder) -> None:
     given = config(folder, tmp_path / "out", smp_architecture="DeepLabV3", num_train_epochs=1, max_steps=3)
-    results = run(*parse_config(ARGUMENTS, given | {"model_kwargs": {"decoder_channels": 8}}))
+    results = build_task(*parse_config(ARGUMENTS, given | {"model_kwargs": {"decoder_channels": 8}})).run()
     assert results["plan"]["total_steps"] == 3  # of 2 batches an epoch: the ninth image is left out
     with pytest.raises(ValueError, match="dataloader_drop_last would leave images out of evaluations"):
-        run(*parse_config(ARGUMENTS, given | {"dataloader_drop_last": True}))
+        build_task(*parse_config(ARGUMENTS, given | {"dataloader_drop_last": True}))
 
 
 def test_unused_stages_of_an_encoder_are_not_prunable() -> None:

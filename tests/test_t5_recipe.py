@@ -91,21 +91,33 @@ def test_every_shipped_config_parses(monkeypatch):
         assert args.target_sparsity == 0.8 and args.predict_with_generate
 
 
-def test_the_study_runs_resumes_and_repeats_nothing(tmp_path, pairs_file):
+def test_the_study_prunes_one_dense_model(tmp_path, pairs_file):
     sample = yaml.safe_load((RECIPES / "configs" / "t5_sample.yaml").read_text())
     recipe = sample | {"target_lang": "ro", "tiny_vocab_size": 60, "max_steps": 10, "eval_strategy": "no"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    study = {"recipe": "recipe.yaml", "dense_seed": 1, "seeds": [1], "schedules": ["allr"]}
-    study |= {"target_sparsity": 0.5, "retrain_ratio": 0.2}
+    study = {
+        "recipe": "t5_wmt16",
+        "base": "recipe.yaml",
+        "model_key": "model_name_or_path",
+        "metric": "bleu",
+        "scale": 1,
+        "final": "final",
+        "dense_seed": 1,
+        "seeds": [1, 2],
+        "dense": {},
+        "grids": {
+            "schedules": {
+                "vary": {"retrain_schedule": ["allr"]},
+                "fixed": {"target_sparsity": 0.5, "num_cycles": 1, "retrain_ratio": 0.2},
+            }
+        },
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     arguments = [tmp_path / "study.yaml", "--dataset_name", pairs_file, "--output_dir", tmp_path / "out"]
-    first = run("t5_study.py", *arguments)
-    assert first.returncode == 0, first.stderr
+    done = run("retraining_study.py", *arguments)
+    assert done.returncode == 0, done.stderr
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "dense, 10 steps" in table and "ALLR, 2 steps" in table and "BIMP, 10 steps in all" in table
-    times = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/bimp_results.json")}
-    assert len(times) == 3
-    assert run("t5_study.py", *arguments).returncode == 0
-    assert times == {path: path.stat().st_mtime for path in times}
-    pruned = json.loads((tmp_path / "out" / "allr-1" / "bimp_results.json").read_text())
+    assert "10 steps, 1 seeds" in table and "| allr |" in table
+    assert len(list((tmp_path / "out").glob("*/result.json"))) == 3
+    pruned = json.loads((tmp_path / "out" / "schedules-allr-2" / "bimp_results.json").read_text())
     assert pruned["prunings"][0]["d2"] == 0.2  # the dense length came from the dense checkpoint

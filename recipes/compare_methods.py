@@ -1,0 +1,221 @@
+r"""Compare sparsification methods at one total budget: methods x sparsities x seeds, each tuned on held-out data.
+
+    python recipes/compare_methods.py  # offline: all nine methods on scikit-learn's digits, under 5 minutes
+    python recipes/compare_methods.py recipes/configs/compare_cifar10_small.yaml --dataset_name path/to/cifar10 \
+        --output_dir out/cifar10 [--num_workers 2] [--storage sqlite:///shared/tuning.db]
+
+Call it again after an interruption: a finished run is not run again, a killed one goes on from its last checkpoint.
+Several workers (`--num_workers`, or calls beside each other on one output_dir) share the runs out among themselves;
+machines with output_dirs of their own share the tuning through one Optuna `--storage`. Side by side they slow each
+other down, so compare throughput only within one call. Writes `runs.jsonl`, `table.md`, `table.csv` and
+`comparison.png` after every run.
+"""
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from shutil import rmtree
+from types import ModuleType
+
+import yaml
+from cli import CONFIGS, parse_config
+from comparison_table import row, write_all
+from filelock import FileLock
+from runs import ERROR_NAME, Job, combinations, do_run, forget_failures, with_workers, work
+from tuning import Search, choose
+
+from hf_bimp.arguments import KNOBS
+from hf_bimp.methods import METHODS
+
+DEFAULT_CONFIG = CONFIGS / "compare_digits.yaml"
+ALL_KNOBS = {knob.name for arguments in KNOBS for knob in fields(arguments)}
+UNSAVED = {"eval_strategy": "no", "save_strategy": "no", "evaluate_prunings": False}  # trials of a grid
+
+
+@dataclass
+class Entry:
+    """A line of the table: a method with fixed settings, and a grid to tune."""
+
+    method: str
+    settings: dict = field(default_factory=dict)
+    grid: dict[str, list] = field(default_factory=dict)
+    sparsities: list[float] | None = None  # by default the study's
+
+    def __post_init__(self):
+        if self.method not in METHODS or self.method == "dense":
+            known = ", ".join(name for name in METHODS if name != "dense")
+            raise ValueError(f"method: {self.method!r} is none of {known}.")
+
+    @property
+    def is_implicit(self) -> bool:
+        return METHODS[self.method].implicit_sparsity
+
+
+@dataclass
+class Study:
+    """The YAML file of a comparison.
+
+    `recipe` is image_classification or t5_wmt16, `base` its configuration, beside the file, and `overrides` change it.
+    `scale` multiplies the metric in the table. Grids are tuned with `tuning_seed`, at `tune_at` for every sparsity, or
+    at each one where that is null. Methods that find their own sparsity get the grid point that ends within
+    `sparsity_tolerance` of a goal (the paper: 0.25 %).
+    """
+
+    recipe: str
+    base: str
+    metric: str
+    sparsities: list[float]
+    seeds: list[int]
+    methods: dict[str, dict]
+    overrides: dict = field(default_factory=dict)
+    scale: float = 1.0
+    tuning_seed: int = 0
+    tune_at: float | None = None
+    sparsity_tolerance: float = 0.0025
+
+    @classmethod
+    def read(cls, path: Path) -> "Study":
+        """Raises `ValueError` for a key that is none, or one that is missing."""
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}. The keys are: {', '.join(f.name for f in fields(cls))}.") from error
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Each label's; a method's own name is its label, others say `method`."""
+        return {label: Entry(**{"method": label} | (given or {})) for label, given in self.methods.items()}
+
+
+class Comparison:
+    """The jobs of a study, and the table of what is finished."""
+
+    def __init__(self, study: Study, base: dict, output_dir: Path, storage: str | None):
+        self.study, self.base, self.directory = study, base, output_dir
+        self.storage = storage or f"sqlite:///{output_dir / 'tuning.db'}"
+        self.recipe: ModuleType = importlib.import_module(study.recipe)
+        self.runs: list[tuple[str, Entry, float, int, Job]] = []
+        self.searches: dict[tuple[str, float | None], Job] = {}
+        for label, entry in study.entries.items():
+            self._check(label, entry)
+            for goal in entry.sparsities or study.sparsities:
+                search = self._search(label, entry, goal)
+                for seed in study.seeds:
+                    folder = output_dir / f"{label}-{goal:g}-{seed}"
+                    job = Job(folder, self._do(label, entry, goal, seed, search), [search] if search else [])
+                    self.runs.append((label, entry, goal, seed, job))
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.searches.values(), *(job for *_, job in self.runs)]
+
+    def config(self, entry: Entry, goal: float, seed: int, params: dict) -> dict:
+        """The recipe's configuration of one run: the base's without what belongs to other methods."""
+        own = {knob.name for knob in fields(METHODS[entry.method].Arguments)}
+        base = {key: value for key, value in self.base.items() if key in own or key not in ALL_KNOBS}
+        base.pop("target_sparsity", None)
+        sparsity = {} if entry.is_implicit else {"target_sparsity": goal}
+        return base | sparsity | entry.settings | params | {"method": entry.method, "seed": seed}
+
+    def params(self, entry: Entry, goal: float, search: Job | None) -> dict:
+        """The tuned hyperparameters; those of the only point where there is no search."""
+        if search is None:
+            return combinations(entry.grid)[0]
+        wanted = goal if entry.is_implicit else None
+        return choose(search.result["trials"], wanted, self.study.sparsity_tolerance)["params"]
+
+    def _check(self, label: str, entry: Entry) -> None:
+        """Has the arguments refuse what cannot work before anything runs."""
+        for point in combinations(entry.grid):
+            config = self.config(entry, 0.5, 0, point) | {"output_dir": str(self.directory)}
+            try:
+                parse_config(self.recipe.ARGUMENTS, config)
+            except ValueError as error:
+                raise ValueError(f"{label}, {point}: {error}") from error
+
+    def _search(self, label: str, entry: Entry, goal: float) -> Job | None:
+        if len(combinations(entry.grid)) == 1:
+            return None
+        at = None if entry.is_implicit else self.study.tune_at or goal
+        if (label, at) not in self.searches:
+            name = f"tune-{label}" + ("" if at is None else f"-{at:g}")
+            config = self.config(entry, at or goal, self.study.tuning_seed, {}) | UNSAVED
+
+            def do(folder: Path) -> dict:
+                settings = config | {"output_dir": str(folder)}
+                return Search(self.recipe, settings, entry.grid, self.study.metric, name, self.storage).run()
+
+            self.searches[label, at] = Job(self.directory / name, do)
+        return self.searches[label, at]
+
+    def _do(self, label: str, entry: Entry, goal: float, seed: int, search: Job | None):
+        def do(folder: Path) -> dict:
+            result = do_run(self.recipe, folder, self.config(entry, goal, seed, self.params(entry, goal, search)))
+            for checkpoint in folder.glob("checkpoint-*"):
+                rmtree(checkpoint)
+            return result
+
+        return do
+
+    def write(self) -> None:
+        """The files of all that is finished."""
+        rows = [
+            row(label, entry.method, seed, goal, self.params(entry, goal, self._search(label, entry, goal)), metric, r)
+            for label, entry, goal, seed, job in self.runs
+            for metric in [self.study.metric]
+            if job.is_done
+            for r in [job.result]
+        ]
+        if rows:
+            with FileLock(self.directory / "table.lock"):
+                write_all(rows, self.directory, self.study.metric, self.study.scale, self.study.sparsity_tolerance)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see the class Study")
+    parser.add_argument("--dataset_name", help="Hub id or local folder, in place of the config's")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
+    parser.add_argument("--num_workers", type=int, default=1, help="runs side by side on this machine (1)")
+    parser.add_argument("--storage", help="Optuna storage of the tuning; by default a file in output_dir")
+    parser.add_argument("--is_extra_worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.num_workers < 1:
+        sys.exit(f"--num_workers {args.num_workers}: at least 1.")
+    output_dir = args.output_dir.absolute()
+    try:
+        study = Study.read(args.config)
+        base = yaml.safe_load((args.config.parent / study.base).read_text(encoding="utf-8")) | study.overrides
+        if args.dataset_name:
+            base["dataset_name"] = args.dataset_name
+        comparison = Comparison(study, base, output_dir, args.storage)
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{args.config}: {error}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    others = []
+    if not args.is_extra_worker:
+        forget_failures(comparison.jobs)
+        others = with_workers(args.num_workers, [*sys.argv, "--is_extra_worker"])
+    work(comparison.jobs, comparison.write, show_progress=not args.is_extra_worker)
+    for other in others:
+        other.wait()
+    comparison.write()
+    if args.is_extra_worker:
+        return
+    if (output_dir / "table.md").is_file():
+        print((output_dir / "table.md").read_text(encoding="utf-8"))
+    print(f"Rows, table and plot: {output_dir}")
+    failed = [job.folder / ERROR_NAME for job in comparison.jobs if (job.folder / ERROR_NAME).is_file()]
+    if failed:
+        sys.exit("Failed: " + ", ".join(map(str, failed)) + ". They are tried again at the next call.")
+
+
+if __name__ == "__main__":
+    main()
