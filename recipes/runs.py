@@ -21,7 +21,7 @@ from hf_bimp.checkpoint import last_complete_checkpoint, write_json
 
 RESULT_NAME = "result.json"  # written last: the mark of a finished run
 ERROR_NAME = "error.txt"
-POLL_SECONDS = 2.0
+POLL_SECONDS = 1.0
 
 
 def do_run(recipe: ModuleType, folder: Path, config: dict) -> dict:
