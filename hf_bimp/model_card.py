@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .formats import is_own, library_of, loading_code
-from .report import LAYERS_PLOT_NAME
+from .report import LAYERS_PLOT_NAME, MOST_ROWS
 
 HUB_LIBRARIES = {
     "transformers": "transformers",
@@ -172,6 +172,8 @@ def _plan_rows(results: dict) -> str:
         [p["cycle"], p["step"], f"{p['sparsity']:.2%}"] + [f"{p[key]:.4g}" if key in p else "-" for key in keys]
         for p in results["prunings"]
     ]
+    if len(rows) > MOST_ROWS:
+        rows[4:-3] = [["..."] * len(header)]
     return f"{results['plan']['total_steps']} optimizer steps in all.\n\n" + _table(header, rows)
 
 

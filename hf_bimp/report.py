@@ -11,7 +11,7 @@ from .methods import IterativeMagnitudePruning, Method
 RESULTS_NAME = "bimp_results.json"
 PLOT_NAME = "bimp_run.png"
 LAYERS_PLOT_NAME = "bimp_layers.png"
-MOST_ROWS = 12  # of the printed plan
+MOST_ROWS = 12  # of a printed plan
 _NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")
 
 logger = logging.get_logger(__name__)

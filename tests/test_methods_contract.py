@@ -64,6 +64,27 @@ def test_ends_as_sparse_as_it_says(tmp_path, method, optimizer, bf16) -> None:
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("method", "allocation"), [("gmp", "uniform_plus"), ("dpf", "uniform"), ("dnw", "erk"), ("lc", "lamp")]
+)
+def test_allocations_are_as_exact_as_those_of_bimp(tmp_path, method, allocation) -> None:
+    trainer = trainer_of(method, tmp_path, allocation=allocation)
+    trainer.train()
+    shares = trainer.results["sparsity"]["per_layer"].values()
+    assert sparsity(trainer.model) == pytest.approx(GOAL, abs=3e-3)
+    assert (max(shares) - min(shares) < 0.01) == allocation.startswith("uniform")  # no layer is beyond a cap here
+    assert trainer.results["allocation"] == allocation
+
+
+def test_a_hundred_prunings_are_told_in_a_few_rows(tmp_path, capsys) -> None:
+    trainer = trainer_of("gmp", tmp_path, max_steps=101, num_prunings=100, save_strategy="no")
+    trainer.train()
+    assert capsys.readouterr().out.count("\ncycle ") < 12
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("75.00%") < 8 and "Gradual magnitude pruning" in card and "| metric | 75.00% sparse |" in card
+
+
 @pytest.mark.parametrize("method", TABLE)
 def test_learns(tmp_path, method) -> None:
     trainer = trainer_of(method, tmp_path, max_steps=60, items=classification_items(64))
