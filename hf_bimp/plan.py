@@ -1,6 +1,7 @@
 """When to prune and how far: the whole run as plain numbers (no torch)."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 # A goal that is missed by rounding error alone counts as reached (Renda et al.'s fixed fraction).
 GOAL_TOLERANCE = 1e-9
@@ -48,7 +49,7 @@ class Plan:
     def dense_steps(self) -> int:
         return self.prune_steps[0] if self.prune_steps else self.total_steps
 
-    @property
+    @cached_property  # asked for at every step
     def phases(self) -> tuple[Phase, ...]:
         """The dense phase (where it has steps) and then every cycle."""
         return tuple(phase for phase in self._all_phases if phase.steps)

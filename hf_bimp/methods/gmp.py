@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..plan import gradual_prunings
+from ..plan import Phase, gradual_prunings
 from .base import Method
 
 SCHEDULES = ("stepped", "linear", "cyclic")
@@ -108,6 +108,9 @@ class GradualMagnitudePruning(Gradual):
         phase = self.plan.phase(step)
         length = min(phase.start + phase.steps, self.plan.schedule_steps) - phase.start
         return self.dense.rates[step] * (1 - (step - phase.start) / length)
+
+    def planned_peak(self, phase: Phase) -> float:
+        return self.rate(phase.start) if self.schedule == "cyclic" else super().planned_peak(phase)
 
     @torch.no_grad()
     def sparsify(self, sparsity, optimizer):
