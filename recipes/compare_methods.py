@@ -14,6 +14,7 @@ other down, so compare throughput only within one call. Writes `runs.jsonl`, `ta
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from shutil import rmtree
@@ -65,7 +66,6 @@ class Study:
 
     recipe: str
     base: str
-    metric: str
     sparsities: list[float]
     seeds: list[int]
     methods: dict[str, dict]
@@ -105,7 +105,7 @@ class Comparison:
                 search = self._search(label, entry, goal)
                 for seed in study.seeds:
                     folder = output_dir / f"{label}-{goal:g}-{seed}"
-                    job = Job(folder, self._do(label, entry, goal, seed, search), [search] if search else [])
+                    job = Job(folder, self._do(label, entry, goal, seed), [search] if search else [])
                     self.runs.append((label, entry, goal, seed, job))
 
     @property
@@ -120,8 +120,9 @@ class Comparison:
         sparsity = {} if entry.is_implicit else {"target_sparsity": goal}
         return base | sparsity | entry.settings | params | {"method": entry.method, "seed": seed}
 
-    def params(self, entry: Entry, goal: float, search: Job | None) -> dict:
+    def params(self, label: str, entry: Entry, goal: float) -> dict:
         """The tuned hyperparameters; those of the only point where there is no search."""
+        search = self._search(label, entry, goal)
         if search is None:
             return combinations(entry.grid)[0]
         wanted = goal if entry.is_implicit else None
@@ -146,14 +147,15 @@ class Comparison:
 
             def do(folder: Path) -> dict:
                 settings = config | {"output_dir": str(folder)}
-                return Search(self.recipe, settings, entry.grid, self.study.metric, name, self.storage).run()
+                return Search(self.recipe, settings, entry.grid, self.recipe.METRIC, name, self.storage).run()
 
             self.searches[label, at] = Job(self.directory / name, do)
         return self.searches[label, at]
 
-    def _do(self, label: str, entry: Entry, goal: float, seed: int, search: Job | None):
+    def _do(self, label: str, entry: Entry, goal: float, seed: int) -> Callable[[Path], dict]:
         def do(folder: Path) -> dict:
-            result = do_run(self.recipe, folder, self.config(entry, goal, seed, self.params(entry, goal, search)))
+            config = self.config(entry, goal, seed, self.params(label, entry, goal))
+            result = do_run(self.recipe, folder, config)
             for checkpoint in folder.glob("checkpoint-*"):
                 rmtree(checkpoint)
             return result
@@ -163,15 +165,14 @@ class Comparison:
     def write(self) -> None:
         """The files of all that is finished."""
         rows = [
-            row(label, entry.method, seed, goal, self.params(entry, goal, self._search(label, entry, goal)), metric, r)
+            row(label, entry.method, seed, goal, self.params(label, entry, goal), self.recipe.METRIC, job.result)
             for label, entry, goal, seed, job in self.runs
-            for metric in [self.study.metric]
             if job.is_done
-            for r in [job.result]
         ]
         if rows:
+            study = self.study
             with FileLock(self.directory / "table.lock"):
-                write_all(rows, self.directory, self.study.metric, self.study.scale, self.study.sparsity_tolerance)
+                write_all(rows, self.directory, self.recipe.METRIC, study.scale, study.sparsity_tolerance)
 
 
 def parse_arguments() -> argparse.Namespace:

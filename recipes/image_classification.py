@@ -34,6 +34,7 @@ from hf_bimp.evaluation import predicted_classes
 from hf_bimp.metrics import Accuracy
 
 DEFAULT_CONFIG = "digits_resnet20.yaml"
+METRIC = "accuracy"
 
 
 @dataclass
@@ -145,7 +146,7 @@ def build_task(
         "dataset": data_args.dataset_name or "scikit-learn digits",
         "finetuned_from": model_args.model_name_or_path,
     }
-    return Task(trainer, sets.get("test"), "accuracy", card)
+    return Task(trainer, sets.get("test"), METRIC, card)
 
 
 def main() -> None:

@@ -74,6 +74,7 @@ def main() -> None:
     study = {"scale": 100, "model_prefix": "", "dense_seed": None} | study
     study["common"] = {k: v for k, v in base.items() if k not in pruning_keys} | study.get("overrides", {}) | given
     recipe = importlib.import_module(study["recipe"])
+    study["metric"] = recipe.METRIC
     output_dir = args.output_dir.absolute()
     dense_config = study["common"] | study["dense"] | {"method": "dense"}
     dense_config |= {"save_strategy": "epoch", "save_total_limit": 1}

@@ -34,6 +34,7 @@ from hf_bimp.metrics import MeanIoU
 from hf_bimp.prunable import PRUNABLE_MODULES
 
 DEFAULT_CONFIG = "segmentation_sample.yaml"
+METRIC = "miou"
 LOCAL = "local-dir:"
 
 
@@ -154,7 +155,7 @@ def build_task(data_args: DataArguments, model_args: ModelArguments, args: BIMPA
         "dataset": data_args.dataset_name or "scikit-learn digits",
         "finetuned_from": model_args.model_name_or_path,
     }
-    return Task(trainer, sets.get("test"), "miou", card)
+    return Task(trainer, sets.get("test"), METRIC, card)
 
 
 def main() -> None:

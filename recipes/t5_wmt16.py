@@ -30,6 +30,7 @@ from hf_bimp import BIMPSeq2SeqArguments, BIMPSeq2SeqTrainer
 from hf_bimp.metrics import Bleu
 
 DEFAULT_CONFIG = "t5_sample.yaml"
+METRIC = "bleu"
 WMT16_COMMAND = "accelerate launch recipes/t5_wmt16.py recipes/configs/t5_small_wmt16_de_en.yaml"
 
 
@@ -129,7 +130,7 @@ def build_task(
         "dataset_args": data_args.dataset_config,
         "finetuned_from": model_args.model_name_or_path,
     }
-    return Translation(trainer, encoded.get("test"), "bleu", card, bleu)
+    return Translation(trainer, encoded.get("test"), METRIC, card, bleu)
 
 
 def main() -> None:

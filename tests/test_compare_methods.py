@@ -31,7 +31,6 @@ def write_study(folder: Path, **changes) -> list[str]:
     study = {
         "recipe": "image_classification",
         "base": "base.yaml",
-        "metric": "accuracy",
         "scale": 100,
         "sparsities": [0.5],
         "seeds": [1, 2],

@@ -139,7 +139,6 @@ def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
         "base": "base.yaml",
         "model_key": "timm_model",
         "model_prefix": "local-dir:",
-        "metric": "accuracy",
         "final": "test",
         "seeds": [1, 2],
         "dense": {"num_train_epochs": 4},

@@ -99,7 +99,6 @@ def test_the_study_prunes_one_dense_model(tmp_path, pairs_file):
         "recipe": "t5_wmt16",
         "base": "recipe.yaml",
         "model_key": "model_name_or_path",
-        "metric": "bleu",
         "scale": 1,
         "final": "final",
         "dense_seed": 1,
