@@ -31,7 +31,9 @@ def do_run(recipe: ModuleType, folder: Path, config: dict) -> dict:
         resume = {"resume_from_checkpoint": "true"} if last_complete_checkpoint(str(folder)) else {}
         config = config | {"output_dir": str(folder)} | resume
         write_json(folder / "config.json", config)
-        write_json(done, recipe.build_task(*parse_config(recipe.ARGUMENTS, config)).run())
+        start = time.perf_counter()
+        result = recipe.build_task(*parse_config(recipe.ARGUMENTS, config)).run()
+        write_json(done, result | {"seconds": time.perf_counter() - start})
     return json.loads(done.read_text())
 
 
@@ -76,11 +78,10 @@ class Job:
             with FileLock(self.folder / "lock", timeout=0):
                 if not self.is_ready:
                     return False
-                start = time.perf_counter()
                 try:
                     result = self.do(self.folder)
-                    seconds = result.get("seconds", time.perf_counter() - start)
-                    write_json(self.folder / RESULT_NAME, result | {"seconds": seconds})
+                    if not self.is_done:
+                        write_json(self.folder / RESULT_NAME, result)
                 except Exception:  # of one run: the others go on
                     (self.folder / ERROR_NAME).write_text(traceback.format_exc())
         except Timeout:
