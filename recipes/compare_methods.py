@@ -13,9 +13,11 @@ other down, so compare throughput only within one call. Writes `runs.jsonl`, `ta
 
 import argparse
 import importlib
+import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from types import ModuleType
@@ -104,8 +106,12 @@ class Comparison:
             for goal in entry.sparsities or study.sparsities:
                 search = self._search(label, entry, goal)
                 for seed in study.seeds:
-                    folder = output_dir / f"{label}-{goal:g}-{seed}"
-                    job = Job(folder, self._do(label, entry, goal, seed), [search] if search else [])
+                    job = Job(
+                        output_dir / f"{label}-{goal:g}-{seed}",
+                        partial(self._tuned_config, label, entry, goal, seed),
+                        self._run,
+                        needs=[search] if search else [],
+                    )
                     self.runs.append((label, entry, goal, seed, job))
 
     @property
@@ -142,25 +148,26 @@ class Comparison:
             return None
         at = None if entry.is_implicit else self.study.tune_at or goal
         if (label, at) not in self.searches:
-            name = f"tune-{label}" + ("" if at is None else f"-{at:g}")
+            folder = self.directory / (f"tune-{label}" + ("" if at is None else f"-{at:g}"))
             config = self.config(entry, at or goal, self.study.tuning_seed, {}) | UNSAVED
-
-            def do(folder: Path) -> dict:
-                settings = config | {"output_dir": str(folder)}
-                return Search(self.recipe, settings, entry.grid, self.recipe.METRIC, name, self.storage).run()
-
-            self.searches[label, at] = Job(self.directory / name, do)
+            self.searches[label, at] = Job(folder, lambda: {"settings": config, "grid": entry.grid}, self._tune)
         return self.searches[label, at]
 
-    def _do(self, label: str, entry: Entry, goal: float, seed: int) -> Callable[[Path], dict]:
-        def do(folder: Path) -> dict:
-            config = self.config(entry, goal, seed, self.params(label, entry, goal))
-            result = do_run(self.recipe, folder, config)
-            for checkpoint in folder.glob("checkpoint-*"):
-                rmtree(checkpoint)
-            return result
+    def _tune(self, folder: Path, config: dict) -> dict:
+        settings = config["settings"] | {"output_dir": str(folder)}
+        # Trials of other settings are another study: the storage outlives a change of the file, and others share it.
+        content = sha256(json.dumps(config["settings"], sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{folder.name}-{content}"
+        return Search(self.recipe, settings, config["grid"], self.recipe.METRIC, name, self.storage).run()
 
-        return do
+    def _tuned_config(self, label: str, entry: Entry, goal: float, seed: int) -> dict:
+        return self.config(entry, goal, seed, self.params(label, entry, goal))
+
+    def _run(self, folder: Path, config: dict) -> dict:
+        result = do_run(self.recipe, folder, config)
+        for checkpoint in folder.glob("checkpoint-*"):
+            rmtree(checkpoint)
+        return result
 
     def write(self) -> None:
         """The files of all that is finished."""
@@ -199,6 +206,8 @@ def main() -> None:
         comparison = Comparison(study, base, output_dir, args.storage)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"{args.config}: {error}")
+    if stale := [str(job.folder) for job in comparison.jobs if job.is_of_another_study]:
+        sys.exit(f"Begun with other settings: {', '.join(stale)}. Delete them, or choose another --output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
     others = []
     if not args.is_extra_worker:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from hf_bimp.checkpoint import last_complete_checkpoint, write_json
 
+CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"  # written last: the mark of a finished run
 ERROR_NAME = "error.txt"
 POLL_SECONDS = 1.0
@@ -28,9 +29,9 @@ def do_run(recipe: ModuleType, folder: Path, config: dict) -> dict:
     """The results of a run of `recipe` in `folder`; does it first, or what is left of it, unless it is finished."""
     done = folder / RESULT_NAME
     if not done.is_file():
+        write_json(folder / CONFIG_NAME, config)
         resume = {"resume_from_checkpoint": "true"} if last_complete_checkpoint(str(folder)) else {}
         config = config | {"output_dir": str(folder)} | resume
-        write_json(folder / "config.json", config)
         start = time.perf_counter()
         result = recipe.build_task(*parse_config(recipe.ARGUMENTS, config)).run()
         write_json(done, result | {"seconds": time.perf_counter() - start})
@@ -49,15 +50,25 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 @dataclass
 class Job:
-    """Work that leaves a result in its folder; `do` gives it, once all of `needs` have theirs."""
+    """Work that leaves its configuration and its result in a folder, once all of `needs` have theirs."""
 
     folder: Path
-    do: Callable[[Path], dict]
+    config: Callable[[], dict]  # asked for when all that it needs is done
+    do: Callable[[Path, dict], dict]  # gives the result of that configuration in that folder
     needs: list["Job"] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:
         return (self.folder / RESULT_NAME).is_file()
+
+    @property
+    def is_of_another_study(self) -> bool:
+        """Whether the folder holds what another configuration has come to, all of it or up to a checkpoint."""
+        saved = self.folder / CONFIG_NAME
+        begun = saved.is_file() and (self.is_done or last_complete_checkpoint(str(self.folder)))
+        if not begun or not all(job.is_done for job in self.needs):
+            return False
+        return json.loads(saved.read_text()) != json.loads(json.dumps(self.config()))
 
     @property
     def has_failed(self) -> bool:
@@ -79,7 +90,9 @@ class Job:
                 if not self.is_ready:
                     return False
                 try:
-                    result = self.do(self.folder)
+                    config = self.config()
+                    write_json(self.folder / CONFIG_NAME, config)
+                    result = self.do(self.folder, config)
                     if not self.is_done:
                         write_json(self.folder / RESULT_NAME, result)
                 except Exception:  # of one run: the others go on

@@ -13,8 +13,7 @@ from runs import combinations
 class Search:
     """Trains at every point of a grid that the study does not have yet; several processes may share its storage.
 
-    A trial that was killed stays open in the storage; the sampler comes back to its point when no other is left. One
-    that failed is queued again.
+    A trial that was killed stays open in the storage; its point comes again when no other is left.
     """
 
     def __init__(self, recipe: ModuleType, config: dict, grid: dict[str, list], metric: str, name: str, storage: str):
@@ -33,9 +32,9 @@ class Search:
         """{"trials": [{"params", "value", "sparsity"}]}, a trial for every point."""
         study = optuna.create_study(direction="maximize", **self.study)
         while missing := self._missing(study):
-            failed = [trial.params for trial in study.get_trials(states=[TrialState.FAIL])]
-            if missing[0] in failed:
-                study.enqueue_trial(missing[0])
+            # The sampler by itself would take points that failed for done.
+            running = [trial.params for trial in study.get_trials(states=[TrialState.RUNNING])]
+            study.enqueue_trial(next((point for point in missing if point not in running), missing[0]))
             task = self.recipe.build_task(*parse_config(self.recipe.ARGUMENTS, self.config), restarts=True)
             task.trainer.hyperparameter_search(
                 hp_space=self._space,

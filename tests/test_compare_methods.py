@@ -92,6 +92,10 @@ def test_tuned_methods_end_in_a_table_and_are_not_run_again(tmp_path, monkeypatc
     assert len(before) == 8
     run_here(monkeypatch, arguments)
     assert times_of(tmp_path) == before
+    with pytest.raises(SystemExit, match="hard gmp-0.5-1, .*hard gmp-0.5-2. Delete them"):
+        changed = methods | {"hard gmp": {"method": "gmp", "settings": {"num_prunings": 1}}}
+        run_here(monkeypatch, write_study(tmp_path, methods=changed, sparsity_tolerance=0.3))
+    write_study(tmp_path, methods=methods, sparsity_tolerance=0.3)
     (tmp_path / "out" / "str-0.5-2" / "result.json").unlink()
     run_here(monkeypatch, arguments)
     after = times_of(tmp_path)
@@ -145,18 +149,18 @@ def test_a_killed_comparison_goes_on(tmp_path) -> None:
 
 
 def test_workers_do_every_job_once_and_wait_for_what_it_needs(tmp_path) -> None:
-    def do(folder: Path) -> dict:
+    def do(folder: Path, config: dict) -> dict:
         with (folder / "done").open("a") as file:
             file.write("once\n")
         time.sleep(0.02)
         return {}
 
-    def needing(folder: Path) -> dict:
+    def needing(folder: Path, config: dict) -> dict:
         assert all(job.is_done for job in jobs[:6])
-        return do(folder)
+        return do(folder, config)
 
-    jobs = [Job(tmp_path / str(i), do) for i in range(6)]
-    jobs += [Job(tmp_path / str(i), needing, needs=jobs[:6]) for i in range(6, 9)]
+    jobs = [Job(tmp_path / str(i), dict, do) for i in range(6)]
+    jobs += [Job(tmp_path / str(i), dict, needing, needs=jobs[:6]) for i in range(6, 9)]
     workers = [threading.Thread(target=work, args=(jobs, lambda: None, False)) for _ in range(4)]
     for worker in workers:
         worker.start()
@@ -166,11 +170,11 @@ def test_workers_do_every_job_once_and_wait_for_what_it_needs(tmp_path) -> None:
 
 
 def test_what_needs_a_failed_job_fails_with_it(tmp_path) -> None:
-    def fail(folder: Path) -> dict:
+    def fail(folder: Path, config: dict) -> dict:
         raise ValueError("out of luck")
 
-    first = Job(tmp_path / "first", fail)
-    second = Job(tmp_path / "second", lambda folder: {}, needs=[first])
+    first = Job(tmp_path / "first", dict, fail)
+    second = Job(tmp_path / "second", dict, lambda folder, config: {}, needs=[first])
     work([first, second], lambda: None, False)
     assert second.has_failed and not second.is_done
     assert "out of luck" in (tmp_path / "first" / "error.txt").read_text()
