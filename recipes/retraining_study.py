@@ -4,7 +4,7 @@ r"""Compare ways to prune and retrain a dense model: schedules, allocations, one
         --output_dir out/study
 
 For every seed, or once with `dense_seed`, a dense model is trained, and pruned from there in every combination of a
-grid. Each run is a folder with its `config.json`. Call it again after an interruption: a finished run is not run
+grid. Each run is a folder with its `settings.json`. Call it again after an interruption: a finished run is not run
 again, a killed dense training goes on from its last checkpoint. Writes `table.md`, all grids with mean and standard
 deviation over the seeds, after every run.
 """

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hf_bimp.checkpoint import last_complete_checkpoint, write_json
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME = "settings.json"  # models write a config.json of their own
 RESULT_NAME = "result.json"  # written last: the mark of a finished run
 ERROR_NAME = "error.txt"
 POLL_SECONDS = 1.0
