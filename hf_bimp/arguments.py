@@ -155,9 +155,10 @@ class BIMPArguments(*KNOBS, TrainingArguments):
                 f"method={self.method!r} works by weight decay: set weight_decay, such as 5e-4 (given: "
                 f"{self.weight_decay})."
             )
-        if method.adds_gradients and self.fp16:
+        if self.fp16 and not method.works_with_fp16:
             raise ValueError(
-                f"method={self.method!r} adds to the gradients what the loss scaling of fp16 does not know. Use bf16."
+                f"method={self.method!r} ranks gradients or adds to them, and those of fp16 are scaled and, now and "
+                "then, infinite. Use bf16."
             )
 
     def _validate_dense_phase(self) -> None:

@@ -121,7 +121,7 @@ class BIMPTrainer(ResumableTrainer):
         args.validate()
         optimizer = self.optimizer if optimizer is None else optimizer
         if self.method is not None:  # of an earlier train() with the same optimizer
-            self.method.detach(optimizer)
+            self.method.detach(self.plain_optimizer)
         masks, self._dense = run_masks(self)
         plan = run_plan(self, masks, num_training_steps)
         masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
@@ -130,7 +130,7 @@ class BIMPTrainer(ResumableTrainer):
         # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
         self._recorded = given_history(self) if args.keep_zeros and not plan.num_cycles else self._history
         self.method = make_method(self, plan, masks, self._history, base)
-        self.method.attach(optimizer)
+        self.method.attach(self.plain_optimizer)
         self.lr_scheduler = PlannedScheduler(optimizer, self.method.rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methodical import DECAY, MOMENTUM, RATE, SIZE, Quadratic, flat, make, sgd, step, top, train, weights_of
+from transformers import Adafactor
 
 from hf_bimp import BIMPArguments
 from hf_bimp.methods import METHODS
@@ -189,6 +190,29 @@ def test_without_weight_decay_an_optimizer_of_ones_own_is_refused(name):
         make(name, weights).attach(sgd(weights, decay=0.0))
 
 
+def test_lc_refuses_a_decay_that_it_cannot_undo():
+    weights = weights_of()
+    optimizer = Adafactor(weights.values(), lr=RATE, relative_step=False, weight_decay=DECAY)
+    with pytest.raises(ValueError, match="scale_parameter=False"):
+        make("lc", weights).attach(optimizer)
+
+
+@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, Adafactor])
+def test_every_tested_optimizer_drives_it(name, optimizer):
+    extra = {"relative_step": False, "scale_parameter": False} if optimizer is Adafactor else {}
+
+    def chosen(weights):
+        return optimizer(weights.values(), lr=0.01, weight_decay=DECAY, **extra)
+
+    knobs = {"num_prunings": 3} if name in ("gmp", "dpf") else {"str_initial_threshold": -1.0} if name == "str" else {}
+    method, used = attached(name, optimizer=chosen, **knobs)
+    train(method, used)
+    assert method.is_complete and flat(method.masks.weights).isfinite().all()
+    if not method.implicit_sparsity:
+        assert int((flat(method.masks.weights) == 0).sum()) == round(0.5 * SIZE)
+
+
 # ---- All of them ----
 
 
@@ -247,6 +271,7 @@ def test_restored_method_goes_on_bit_for_bit(name, at):
         ({"method": "gsm", "weight_decay": 0.1, "allocation": "erk"}, "does not go with"),
         ({"method": "gsm"}, "works by weight decay"),
         ({"method": "lc", "weight_decay": 0.1, "fp16": True}, "Use bf16"),
+        ({"method": "gsm", "weight_decay": 0.1, "fp16": True}, "Use bf16"),
         ({"method": "bimp", "finetune_ratio": 0.1}, "comes after a pruning-stable method"),
         ({"method": "dnw", "finetune_ratio": 1.0}, r"must lie in \[0, 1\)"),
         ({"method": "gmp", "gmp_schedule": "cosine"}, "none of stepped, linear, cyclic"),

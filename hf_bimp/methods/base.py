@@ -58,7 +58,7 @@ class Method:
     implicit_sparsity = False  # the knobs decide how sparse it becomes, not target_sparsity
     needs_weight_decay = False
     is_hard = False  # what is pruned stays so, before the last pruning already
-    adds_gradients = False  # terms of its own, which the fp16 scaler knows nothing of
+    works_with_fp16 = True  # not where gradients that are scaled, or infinite at times, lead astray
     allocations = ALLOCATIONS
 
     @dataclass

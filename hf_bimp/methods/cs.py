@@ -35,7 +35,7 @@ class ContinuousSparsification(Reparametrized):
     """
 
     description = "Continuous sparsification (CS, Savarese et al., 2020)"
-    adds_gradients = True
+    works_with_fp16 = False
     Arguments = CSArguments
 
     @classmethod

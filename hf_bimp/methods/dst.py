@@ -45,7 +45,7 @@ class DynamicSparseTraining(Reparametrized):
     """
 
     description = "Dynamic sparse training (DST, Liu et al., 2020)"
-    adds_gradients = True
+    works_with_fp16 = False
     Arguments = DSTArguments
 
     @classmethod

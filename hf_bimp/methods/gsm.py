@@ -15,6 +15,7 @@ class GlobalSparseMomentum(Method):
 
     description = "Global sparse momentum (GSM, Ding et al., 2019)"
     needs_weight_decay = True
+    works_with_fp16 = False
     allocations = ("global",)
 
     @torch.no_grad()

@@ -16,7 +16,15 @@ class LearningCompression(Method):
 
     description = "Learning-compression (LC, Carreira-Perpinan and Idelbayev, 2018)"
     needs_weight_decay = True
-    adds_gradients = True
+    works_with_fp16 = False
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        super().attach(optimizer)
+        if isinstance(optimizer, Adafactor) and any(group["scale_parameter"] for group in optimizer.param_groups):
+            raise ValueError(
+                f"{self.description} cannot undo the weight decay of an Adafactor that scales it by the size of the "
+                "weights. Pass scale_parameter=False."
+            )
 
     @torch.no_grad()
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
