@@ -155,8 +155,8 @@ class Comparison:
 
     def _tune(self, folder: Path, config: dict) -> dict:
         settings = config["settings"] | {"output_dir": str(folder)}
-        # Trials of other settings are another study: the storage outlives a change of the file, and others share it.
-        content = sha256(json.dumps(config["settings"], sort_keys=True).encode()).hexdigest()[:8]
+        # With other settings, or another grid, it is another study: the storage outlives a change of the file.
+        content = sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{folder.name}-{content}"
         return Search(self.recipe, settings, config["grid"], self.recipe.METRIC, name, self.storage).run()
 

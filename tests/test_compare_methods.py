@@ -228,3 +228,15 @@ def test_every_shipped_comparison_can_be_planned(tmp_path) -> None:
         base = yaml.safe_load((path.parent / study.base).read_text()) | study.overrides | {"use_cpu": True}
         comparison = compare_methods.Comparison(study, base, tmp_path, None)
         assert len(comparison.runs) >= len(study.seeds) * len(study.methods)
+
+
+def test_a_grid_that_changes_is_searched_anew(tmp_path, monkeypatch) -> None:
+    """In the same storage; Optuna itself takes no other values of a parameter in one study."""
+    for values in ([1, 2], [1, 2, 3]):
+        methods = {"gmp": {"grid": {"num_prunings": values}}}
+        arguments = write_study(tmp_path, methods=methods, seeds=[1])
+        folder = f"out-{len(values)}"
+        arguments[-1] = str(tmp_path / folder)
+        run_here(monkeypatch, [*arguments, "--storage", f"sqlite:///{tmp_path / 'shared.db'}"])
+        trials = json.loads((tmp_path / folder / "tune-gmp-0.5" / "result.json").read_text())["trials"]
+        assert [trial["params"]["num_prunings"] for trial in trials] == values
