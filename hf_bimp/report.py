@@ -1,6 +1,6 @@
 """What a run did, read off its log: plan table, `bimp_results.json` and one picture."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers.utils import logging
@@ -88,9 +88,17 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
         "throughput": {"training_samples_per_second": rate and rate * trainer.args.world_size},
         "seed": trainer.args.seed,
         "num_processes": trainer.args.world_size,
-        "versions": {name: version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
+        "versions": {name: _version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
         "main_metric": main_metric(trainer.args.metric_for_best_model, final),
     }
+
+
+def _version(package: str) -> str:
+    """A source tree on the path has no version, which must not fail a run at its end."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _dense_metrics(method: Method, prunings: list[dict], final: dict) -> dict[str, float]:

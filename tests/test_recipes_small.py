@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from hf_bimp.methods import METHODS
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -49,3 +51,13 @@ def test_step_overhead_measures_a_90_percent_sparse_model():
     ratios = re.findall(r"time ratio: ([\d.]+) \(middle half of 4 steps: ([\d.]+) to ([\d.]+)\)", output)
     assert len(ratios) == 2 and all(float(low) <= float(mid) <= float(high) for mid, low, high in ratios)
     assert all(part in output for part in ("masking gradients", "masking weights", "one pruning"))
+
+
+def test_method_throughput_compares_every_method_with_dense_training():
+    output = run("benchmarks/method_throughput.py", "--models", "t5", "--steps", "2", "--batch_size", "1")
+    lines = re.findall(r"^(\w+) +([\d.]+) +\(([\d.]+) to ([\d.]+)\) +target [\d.]+ (?:met|MISSED)$", output, re.M)
+    assert [name for name, *_ in lines] == [name for name in METHODS if name != "dense"]
+    assert all(0 < float(low) <= float(high) for _, _, low, high in lines)
+    few = ["--methods", "dpf", "--steps", "2", "--batch_size", "2"]
+    image_lines = run("benchmarks/method_throughput.py", "--models", "resnet18", *few)
+    assert re.search(r"^dpf .* target 0.85", image_lines, re.M) and "one pruning, of all weights" in image_lines
