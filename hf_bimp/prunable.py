@@ -72,7 +72,10 @@ def find_prunable(
 
 
 def output_dims(model: nn.Module) -> dict[str, int]:
-    """The dimension that counts the outputs, of the weights where that is not the first: name -> 1."""
+    """The dimension that counts the outputs, of the weights where that is not the first: name -> 1.
+
+    In a transposed convolution with groups it counts those of one group.
+    """
     transposed = {id(m.weight) for m in model.modules() if isinstance(m, (_ConvTransposeNd, Conv1D))}
     return {name: 1 for name, parameter in model.named_parameters() if id(parameter) in transposed}
 

@@ -91,7 +91,8 @@ def table(rows: list[dict], metric: str, scale: float, tolerance: float) -> pd.D
 def markdown(frame: pd.DataFrame, seeds: int, tolerance: float) -> str:
     body = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     lines = ["| " + " | ".join(line) + " |" for line in body]
-    note = f"Mean and standard deviation over up to {seeds} seeds. ¹ ² ³: the three best at each goal."
+    note = "One seed." if seeds == 1 else f"Mean and standard deviation over up to {seeds} seeds."
+    note += " ¹ ² ³: the three best at each goal."
     if any(OFF_GOAL in cell for cell in frame.to_numpy().ravel()):
         note += f"{OFF_GOAL}: not within {100 * tolerance:g} % of the goal, and not ranked."
     return "\n".join([*lines, "", note]) + "\n"

@@ -155,6 +155,15 @@ def test_dst_gradients_follow_the_long_tailed_estimator():
         torch.testing.assert_close(to_t[name], expected)
 
 
+def test_the_estimator_of_dst_at_the_ends_of_its_pieces():
+    method, _ = attached("dst")
+    dense, threshold = torch.tensor([1.0, 1.4, 1.5, 2.0, 2.25], dtype=DOUBLE), torch.ones(5, dtype=DOUBLE)
+    threshold.requires_grad_()
+    method.used(dense, threshold).sum().backward()
+    # |w| - t is 0, 0.4, 0.5, 1 and 1.25; the gradient to t is -w times the estimator.
+    torch.testing.assert_close(-threshold.grad / dense, torch.tensor([2.0, 0.4, 0.4, 0.4, 0.0], dtype=DOUBLE))
+
+
 def test_a_weight_at_its_threshold_is_masked():
     method, _ = attached("dst")
     dense = torch.tensor([0.5, -0.5, 0.6, 0.0])

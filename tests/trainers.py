@@ -73,7 +73,7 @@ def pruning_records(trainer: BIMPTrainer) -> list[dict]:
 
 def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert [name for name in one if not torch.equal(one[name].cpu(), other[name].cpu())] == []
 
 
 def expected_rates(schedule: str, plan, warmup: int, eta: float, tuned: float | None, discounts: list[float]) -> list:

@@ -68,4 +68,5 @@ class DenseBehind(Method):
         return self.behind
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.behind = tensors  # the model's own weights are those of its checkpoint
+        # The model's own weights are those of its checkpoint. Ties fall by order, and a file has one of its own.
+        self.behind = {name: tensors[name] for name in self.masks.weights if name in tensors}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..plan import Phase, gradual_prunings
+from ..plan import gradual_prunings
 from .base import Method
 
 SCHEDULES = ("stepped", "linear", "cyclic")
@@ -62,7 +62,7 @@ class GMPArguments(GradualArguments):
         default="stepped",
         metadata={
             "help": "gmp: the learning rate. 'stepped' (at lr_milestones, by default 0.5 and 0.75 of the run), "
-            "'linear', or 'cyclic' (linear to 0 between each two prunings).",
+            "'linear', or 'cyclic' (linear to 0 between each two prunings); all after warmup_steps.",
             "choices": SCHEDULES,
         },
     )
@@ -99,7 +99,7 @@ class GradualMagnitudePruning(Gradual):
         return {
             "stepped": {"lr_milestones": MILESTONES},
             "linear": {},
-            "cyclic": {"lr_scheduler_type": "constant"},
+            "cyclic": {"lr_scheduler_type": "constant_with_warmup"},
         }[gmp_schedule]
 
     def scheduled_rate(self, step: int) -> float:
@@ -108,9 +108,6 @@ class GradualMagnitudePruning(Gradual):
         phase = self.plan.phase(step)
         length = min(phase.start + phase.steps, self.plan.schedule_steps) - phase.start
         return self.dense.rates[step] * (1 - (step - phase.start) / length)
-
-    def planned_peak(self, phase: Phase) -> float:
-        return self.rate(phase.start) if self.schedule == "cyclic" else super().planned_peak(phase)
 
     @torch.no_grad()
     def sparsify(self, sparsity, optimizer):
