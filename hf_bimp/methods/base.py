@@ -18,10 +18,10 @@ class Pruning:
     """What pruning `cycle` (1..J) before optimizer step `step` did.
 
     `sparsity` is the share of pruned weights that it reached, `threshold` the largest magnitude that it removed
-    (None where no threshold decided), `distance` ||W - W_p||_2 over the prunable weights, those that soft masks had kept
-    aside included, and `collapsed_layers` counts the weights that have nothing left. BIMP alone has the rest: `d1` its
-    impact, `d2` the relative length of the retraining (None without a dense history), and `retrain_peak` the largest
-    learning rate of the cycle, in the unit of the caller's rates.
+    (None where no threshold decided), `distance` ||W - W_p||_2 over the prunable weights, with the values that soft
+    masks had kept aside in W, and `collapsed_layers` counts the weights that have nothing left. BIMP alone has the
+    rest: `d1` its impact, `d2` the relative length of the retraining (None without a dense history), and
+    `retrain_peak` the largest learning rate of the cycle, in the unit of the caller's rates.
     """
 
     cycle: int
