@@ -15,15 +15,15 @@ import argparse
 import importlib
 import json
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from types import ModuleType
 
-import yaml
-from cli import CONFIGS, parse_config
+from cli import CONFIGS, parse_config, read_config
+from comparison_study import Entry, Study
 from comparison_table import row, write_all
 from filelock import FileLock
 from runs import ERROR_NAME, Job, combinations, do_run, forget_failures, with_workers, work
@@ -35,61 +35,6 @@ from hf_bimp.methods import METHODS
 DEFAULT_CONFIG = CONFIGS / "compare_digits.yaml"
 ALL_KNOBS = {knob.name for arguments in KNOBS for knob in fields(arguments)}
 UNSAVED = {"eval_strategy": "no", "save_strategy": "no", "evaluate_prunings": False}  # trials of a grid
-
-
-@dataclass
-class Entry:
-    """A line of the table: a method with fixed settings, and a grid to tune."""
-
-    method: str
-    settings: dict = field(default_factory=dict)
-    grid: dict[str, list] = field(default_factory=dict)
-    sparsities: list[float] | None = None  # by default the study's
-
-    def __post_init__(self):
-        if self.method not in METHODS or self.method == "dense":
-            known = ", ".join(name for name in METHODS if name != "dense")
-            raise ValueError(f"method: {self.method!r} is none of {known}.")
-
-    @property
-    def is_implicit(self) -> bool:
-        return METHODS[self.method].implicit_sparsity
-
-
-@dataclass
-class Study:
-    """The YAML file of a comparison.
-
-    `recipe` is image_classification or t5_wmt16, `base` its configuration, beside the file, and `overrides` change it.
-    `scale` multiplies the metric in the table. Grids are tuned with `tuning_seed`, at `tune_at` for every sparsity, or
-    at each one where that is null. Methods that find their own sparsity get the grid point that ends within
-    `sparsity_tolerance` of a goal (the paper: 0.25 %).
-    """
-
-    recipe: str
-    base: str
-    sparsities: list[float]
-    seeds: list[int]
-    methods: dict[str, dict]
-    overrides: dict = field(default_factory=dict)
-    scale: float = 1.0
-    tuning_seed: int = 0
-    tune_at: float | None = None
-    sparsity_tolerance: float = 0.0025
-
-    @classmethod
-    def read(cls, path: Path) -> "Study":
-        """Raises `ValueError` for a key that is none, or one that is missing."""
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}. The keys are: {', '.join(f.name for f in fields(cls))}.") from error
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        """Each label's; a method's own name is its label, others say `method`."""
-        return {label: Entry(**{"method": label} | (given or {})) for label, given in self.methods.items()}
 
 
 class Comparison:
@@ -184,7 +129,7 @@ class Comparison:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see the class Study")
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see comparison_study.py")
     parser.add_argument("--dataset_name", help="Hub id or local folder, in place of the config's")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
     parser.add_argument("--num_workers", type=int, default=1, help="runs side by side on this machine (1)")
@@ -200,11 +145,11 @@ def main() -> None:
     output_dir = args.output_dir.absolute()
     try:
         study = Study.read(args.config)
-        base = yaml.safe_load((args.config.parent / study.base).read_text(encoding="utf-8")) | study.overrides
+        base = read_config(args.config.parent / study.base) | study.overrides
         if args.dataset_name:
             base["dataset_name"] = args.dataset_name
         comparison = Comparison(study, base, output_dir, args.storage)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{args.config}: {error}")
     if stale := [str(job.folder) for job in comparison.jobs if job.is_of_another_study]:
         sys.exit(f"Begun with other settings: {', '.join(stale)}. Delete them, or choose another --output_dir.")

@@ -13,7 +13,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-import yaml
+from cli import read_config
 from runs import combinations, do_run, mean_and_deviation
 from tqdm import tqdm
 
@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--dataset_name", help="Hub id or local folder, in place of the config's")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    study = yaml.safe_load(args.config.read_text())
-    base = yaml.safe_load((args.config.parent / study["base"]).read_text())
+    study = read_config(args.config)
+    base = read_config(args.config.parent / study["base"])
     pruning_keys = ("target_sparsity", "num_cycles", "dense_ratio", "retrain_schedule", "num_train_epochs")
     given = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     study = {"scale": 100, "model_prefix": "", "dense_seed": None} | study

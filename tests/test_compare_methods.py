@@ -18,6 +18,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import compare_methods  # noqa: E402
+from cli import read_config  # noqa: E402
 from comparison_table import markdown, ranks, table  # noqa: E402
 from runs import Job, work  # noqa: E402
 from tuning import choose  # noqa: E402
@@ -120,7 +121,19 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, monkeypatch) -> 
         ({"methods": {"obd": None}}, "'obd' is none of bimp, gmp"),
         ({"methods": {"lc": {"grid": {"num_cycles": [1, 2]}}}}, "num_cycles=1 is an argument of bimp"),
         ({"methods": {"lc": {"settings": {"weight_decay": 0.0}}}}, "works by weight decay"),
-        ({"methods": {"lc": {"setings": {}}}}, "setings"),
+        ({"methods": {"lc": {"setings": {}}}}, "methods: lc: no such key: setings. The keys are: method, settings"),
+        ({"methods": ["lc"]}, r"methods: \['lc'\] must be a mapping"),
+        ({"methods": {"lc": 3}}, "methods: lc: 3 must be a mapping"),
+        ({"methods": {}}, "nothing to compare"),
+        ({"methods": {"gmp": {"grid": {"num_prunings": 20}}}}, "grid: num_prunings: 20 must be a list"),
+        ({"methods": {"gmp": {"grid": {"num_prunings": []}}}}, "must be a list of values to try"),
+        ({"methods": {"gmp": {"sparsities": [1.5]}}}, "methods: gmp: sparsities.* strictly between 0 and 1"),
+        ({"sparsities": 0.5}, "strictly between 0 and 1"),
+        ({"sparsities": [0.5, 0.5]}, "strictly between 0 and 1"),
+        ({"tune_at": 95}, "tune_at"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"recipe": "t5"}, "'t5' is none of image_classification"),
         ({"seed": [1]}, "The keys are: recipe, base"),
         ({"base": "absent.yaml"}, "absent.yaml"),
     ],
@@ -129,6 +142,21 @@ def test_a_bad_study_is_refused_before_anything_runs(tmp_path, monkeypatch, chan
     with pytest.raises(SystemExit, match=complaint):
         run_here(monkeypatch, write_study(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "- a list", "recipe: ["])
+def test_a_file_that_is_no_study_is_refused(tmp_path, monkeypatch, content) -> None:
+    arguments = write_study(tmp_path)
+    (tmp_path / "study.yaml").write_text(content)
+    with pytest.raises(SystemExit, match=r"study.yaml (must hold names and values|cannot be read)"):
+        run_here(monkeypatch, arguments)
+
+
+def test_small_numbers_of_a_config_are_numbers(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("a: 1e-4\nb: -2.5E+3\nc: 1e4x\nd: [5e-1, 0.1]\ne: 1.0e-4\nf: 12\n")
+    expected = {"a": 1e-4, "b": -2500.0, "c": "1e4x", "d": [0.5, 0.1], "e": 1e-4, "f": 12}
+    content = read_config(tmp_path / "a.yaml")
+    assert content == expected and type(content["f"]) is int
 
 
 def test_a_killed_comparison_goes_on(tmp_path) -> None:
