@@ -81,12 +81,15 @@ class Comparison:
 
     def _check(self, label: str, entry: Entry) -> None:
         """Has the arguments refuse what cannot work before anything runs."""
-        for point in combinations(entry.grid):
-            config = self.config(entry, 0.5, 0, point) | {"output_dir": str(self.directory)}
+        points, goals = combinations(entry.grid), entry.sparsities or self.study.sparsities
+        if len(points) > 1 and self.study.tune_at and self.study.tune_at not in goals:
+            goals = [*goals, self.study.tune_at]
+        for goal, point in [(goals[0], point) for point in points] + [(goal, points[0]) for goal in goals[1:]]:
+            config = self.config(entry, goal, 0, point) | {"output_dir": str(self.directory)}
             try:
                 parse_config(self.recipe.ARGUMENTS, config)
             except ValueError as error:
-                raise ValueError(f"{label}, {point}: {error}") from error
+                raise ValueError(f"{label}, {point} at {goal:g}: {error}") from error
 
     def _search(self, label: str, entry: Entry, goal: float) -> Job | None:
         if len(combinations(entry.grid)) == 1:
@@ -116,11 +119,11 @@ class Comparison:
 
     def write(self) -> None:
         """The files of all that is finished."""
-        rows = [
-            row(label, entry.method, seed, goal, self.params(label, entry, goal), self.recipe.METRIC, job.result)
-            for label, entry, goal, seed, job in self.runs
-            if job.is_done
-        ]
+        rows = []
+        for label, entry, goal, seed, job in self.runs:
+            if job.is_done:
+                params = {name: job.saved_config[name] for name in entry.grid}
+                rows.append(row(label, entry.method, seed, goal, params, self.recipe.METRIC, job.result))
         if rows:
             study = self.study
             with FileLock(self.directory / "table.lock"):

@@ -88,6 +88,22 @@ def table(rows: list[dict], metric: str, scale: float, tolerance: float) -> pd.D
     return pd.DataFrame(lines.values())
 
 
+def numbers(rows: list[dict], scale: float, tolerance: float) -> pd.DataFrame:
+    """The table as numbers: a line for each method at each goal, with means and standard deviations."""
+    places = ranks(rows, tolerance)
+    lines = []
+    for (label, goal), group in groups(rows).items():
+        line = {"method": label, "goal": goal, "seeds": len(group)}
+        for name, factor in (("score", scale), ("theoretical_speedup", 1), ("sparsity", 1), ("throughput", 1)):
+            values = factor * group[name].astype(float)
+            line |= {name: values.mean(), f"{name}_deviation": values.std()}
+        place = places.get((label, goal))
+        lines.append(
+            line | {"is_off_goal": is_off_goal(group, tolerance), "rank": None if place is None else place + 1}
+        )
+    return pd.DataFrame(lines)
+
+
 def markdown(frame: pd.DataFrame, seeds: int, tolerance: float) -> str:
     body = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     lines = ["| " + " | ".join(line) + " |" for line in body]
@@ -133,7 +149,7 @@ def write_all(rows: list[dict], directory: Path, metric: str, scale: float, tole
     seeds = len({row["seed"] for row in rows})
     for name, text in (
         ("table.md", markdown(frame, seeds, tolerance)),
-        ("table.csv", frame.to_csv(index=False)),
+        ("table.csv", numbers(rows, scale, tolerance).to_csv(index=False)),
     ):
         part = directory / f"{name}.part"
         part.write_text(text, encoding="utf-8")

@@ -63,12 +63,22 @@ class Job:
 
     @property
     def is_of_another_study(self) -> bool:
-        """Whether the folder holds what another configuration has come to, all of it or up to a checkpoint."""
+        """Whether the folder holds what another configuration has come to, all of it or up to a checkpoint.
+
+        So does what was begun with needs that are of another study themselves, or gone.
+        """
         saved = self.folder / CONFIG_NAME
         begun = saved.is_file() and (self.is_done or last_complete_checkpoint(str(self.folder)))
-        if not begun or not all(job.is_done for job in self.needs):
+        if not begun:
             return False
-        return json.loads(saved.read_text()) != json.loads(json.dumps(self.config()))
+        if any(not job.is_done or job.is_of_another_study for job in self.needs):
+            return True
+        return self.saved_config != json.loads(json.dumps(self.config()))
+
+    @property
+    def saved_config(self) -> dict:
+        """What it was begun with."""
+        return json.loads((self.folder / CONFIG_NAME).read_text())
 
     @property
     def has_failed(self) -> bool:

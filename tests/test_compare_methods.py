@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ sys.path.insert(0, str(RECIPES))
 
 import compare_methods  # noqa: E402
 from cli import read_config  # noqa: E402
-from comparison_table import markdown, ranks, table  # noqa: E402
+from comparison_table import markdown, numbers, ranks, table  # noqa: E402
 from runs import Job, work  # noqa: E402
 from tuning import choose  # noqa: E402
 
@@ -131,6 +132,7 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, monkeypatch) -> 
         ({"sparsities": 0.5}, "strictly between 0 and 1"),
         ({"sparsities": [0.5, 0.5]}, "strictly between 0 and 1"),
         ({"tune_at": 95}, "tune_at"),
+        ({"methods": {"bimp": {"settings": {"granularity": "2:4"}}}, "sparsities": [0.5, 0.75]}, "at 0.75: .*0.75"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"recipe": "t5"}, "'t5' is none of image_classification"),
@@ -220,6 +222,10 @@ def test_the_point_within_tolerance_wins_over_a_better_one_far_off() -> None:
     assert choose(trials, 0.957, 0.0005)["params"] == "close"
 
 
+def frame_value(cell: str) -> float:
+    return float(cell.strip("*").split()[0])
+
+
 def score_rows(scores: dict[str, list[float]], sparsity: dict[str, float]) -> list[dict]:
     return [
         {
@@ -246,6 +252,10 @@ def test_the_three_best_within_tolerance_are_marked() -> None:
     assert frame["90 %: sparsity (%)"][3] == "91.00 ± 0.00 †" and "†: not within 0.25 %" in markdown(frame, 2, 0.0025)
     assert frame["90 %: theoretical speedup"][0] == "4.5 ± 0.7"
     assert frame["throughput (samples/s)"][0] == "150 ± 71"
+    plain = numbers(rows, 100, 0.0025)
+    assert list(plain["score"][:3]) == pytest.approx([frame_value(cell) for cell in frame["90 %: accuracy"][:3]])
+    assert plain["score_deviation"][2] == pytest.approx(14.142, abs=1e-3) and plain["rank"][1] == 1
+    assert list(plain["is_off_goal"]) == ["†" in cell for cell in frame["90 %: sparsity (%)"]]
 
 
 def test_every_shipped_comparison_can_be_planned(tmp_path) -> None:
@@ -256,6 +266,16 @@ def test_every_shipped_comparison_can_be_planned(tmp_path) -> None:
         base = yaml.safe_load((path.parent / study.base).read_text()) | study.overrides | {"use_cpu": True}
         comparison = compare_methods.Comparison(study, base, tmp_path, None)
         assert len(comparison.runs) >= len(study.seeds) * len(study.methods)
+
+
+def test_runs_of_an_older_search_are_refused_with_it(tmp_path, monkeypatch) -> None:
+    run_here(monkeypatch, write_study(tmp_path, methods={"gmp": {"grid": {"num_prunings": [1, 2]}}}, seeds=[1]))
+    arguments = write_study(tmp_path, methods={"gmp": {"grid": {"num_prunings": [1, 2, 3]}}}, seeds=[1])
+    with pytest.raises(SystemExit, match="tune-gmp-0.5, .*gmp-0.5-1. Delete them"):
+        run_here(monkeypatch, arguments)
+    shutil.rmtree(tmp_path / "out" / "tune-gmp-0.5")
+    with pytest.raises(SystemExit, match="with other settings: [^,]*out/gmp-0.5-1. Delete them"):
+        run_here(monkeypatch, arguments)
 
 
 def test_a_grid_that_changes_is_searched_anew(tmp_path, monkeypatch) -> None:
