@@ -1,5 +1,6 @@
 """The YAML file of a comparison: which methods, at which sparsities, with which seeds and grids."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -27,7 +28,7 @@ class Entry:
         _check_mapping("settings", self.settings)
         _check_mapping("grid", self.grid)
         for name, values in self.grid.items():
-            _check_list(f"grid: {name}", values, "values to try", lambda value: True)
+            _check_list(f"grid: {name}", values, "values to try")
         if self.sparsities is not None:
             _check_sparsities("sparsities", self.sparsities)
 
@@ -79,9 +80,10 @@ class Study:
         """Each label's; a method's own name is its label, others say `method`."""
         entries = {}
         for label, given in self.methods.items():
-            _check_mapping(f"methods: {label}", given or {})
+            given = {} if given is None else given
+            _check_mapping(f"methods: {label}", given)
             try:
-                entries[label] = _made(Entry, {"method": label} | (given or {}))
+                entries[label] = _made(Entry, {"method": label} | given)
             except ValueError as error:
                 raise ValueError(f"methods: {label}: {error}") from error
         return entries
@@ -102,7 +104,7 @@ def _check_mapping(name: str, value) -> None:
         raise ValueError(f"{name}: {value!r} must be a mapping of names to values.")
 
 
-def _check_list(name: str, values, wanted: str, is_right) -> None:
+def _check_list(name: str, values, wanted: str, is_right: Callable[..., bool] = lambda value: True) -> None:
     """A list that is not empty, of values that `is_right` accepts and that are not given twice."""
     is_list = isinstance(values, list) and values and all(is_right(value) for value in values)
     if not is_list or any(value in values[:i] for i, value in enumerate(values)):

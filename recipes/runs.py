@@ -105,8 +105,9 @@ class Job:
                     result = self.do(self.folder, config)
                     if not self.is_done:
                         write_json(self.folder / RESULT_NAME, result)
-                except Exception:  # of one run: the others go on
+                except Exception as error:  # of one run: the others go on
                     (self.folder / ERROR_NAME).write_text(traceback.format_exc())
+                    tqdm.write(f"{self.folder} failed, the others go on. {type(error).__name__}: {error}")
         except Timeout:
             return False
         return True

@@ -104,11 +104,12 @@ def test_tuned_methods_end_in_a_table_and_are_not_run_again(tmp_path, monkeypatc
     assert {path.parent.name for path in before if after[path] != before[path]} == {"str-0.5-2"}
 
 
-def test_a_failing_run_is_named_and_the_others_finish(tmp_path, monkeypatch) -> None:
+def test_a_failing_run_is_named_and_the_others_finish(tmp_path, monkeypatch, capsys) -> None:
     methods = {"dpf": {"settings": {"num_prunings": 100}}, "dnw": None}  # 4 steps have no room for 100
     arguments = write_study(tmp_path, methods=methods, seeds=[1])
     with pytest.raises(SystemExit, match="dpf-0.5-1"):
         run_here(monkeypatch, arguments)
+    assert "dpf-0.5-1 failed, the others go on. ValueError: 4 optimizer steps" in capsys.readouterr().out
     assert "no room for 100 prunings" in (tmp_path / "out" / "dpf-0.5-1" / "error.txt").read_text()
     assert [row["label"] for row in rows_of(tmp_path)] == ["dnw"]
     arguments = write_study(tmp_path, methods={"dpf": {"settings": {"num_prunings": 2}}, "dnw": None}, seeds=[1])
@@ -125,6 +126,7 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, monkeypatch) -> 
         ({"methods": {"lc": {"setings": {}}}}, "methods: lc: no such key: setings. The keys are: method, settings"),
         ({"methods": ["lc"]}, r"methods: \['lc'\] must be a mapping"),
         ({"methods": {"lc": 3}}, "methods: lc: 3 must be a mapping"),
+        ({"methods": {"lc": []}}, r"methods: lc: \[\] must be a mapping"),
         ({"methods": {}}, "nothing to compare"),
         ({"methods": {"gmp": {"grid": {"num_prunings": 20}}}}, "grid: num_prunings: 20 must be a list"),
         ({"methods": {"gmp": {"grid": {"num_prunings": []}}}}, "must be a list of values to try"),
