@@ -1,10 +1,15 @@
-# make demo: the T5 recipe on its offline sample.   make test: lint, format and tests.
+# make demo: the T5 recipe on its offline sample.
+# make test: lint, format and the fast tests.   make test-slow: the slow ones.   make test-all: both.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+# One thread a process: the tests run side by side, on as many processes as there are cores.
+PYTEST := $(BIN)/pytest --numprocesses auto --durations 10
+SLOW_BUDGET ?= 25m
+
+.PHONY: demo test test-slow test-all lint clean
 
 $(STAMP): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -18,9 +23,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One thread a process: the tests themselves run side by side, on as many processes as there are cores.
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest --numprocesses auto --durations 10
+	$(PYTEST) -m fast
+
+test-slow: $(STAMP)
+	timeout --foreground $(SLOW_BUDGET) $(PYTEST) -m slow
+
+test-all: test test-slow
 
 clean:
 	rm -rf $(VENV) out

@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .alignment import align_memory
 from .arguments import BIMPArguments
 from .callback import PruningCallback, ReportingCallback
 from .checks import (
@@ -119,6 +120,7 @@ class BIMPTrainer(ResumableTrainer):
         """Makes the plan, the method and the scheduler that follows them."""
         args = self.args
         args.validate()
+        align_memory(self.model)
         optimizer = self.optimizer if optimizer is None else optimizer
         if self.method is not None:  # of an earlier train() with the same optimizer
             self.method.detach(self.plain_optimizer)

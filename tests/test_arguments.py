@@ -1,13 +1,13 @@
 """Arguments: what cannot work is refused before any training, with the value and a way out in the message."""
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import output_of
 from torch import nn
 from transformers import Adafactor, HfArgumentParser
 from transformers.trainer_utils import SchedulerType
@@ -253,6 +253,5 @@ distributed.destroy_process_group()
 
 
 def test_sharded_models_are_refused() -> None:
-    run = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert "sharded (FSDP2, a DTensor)" in run.stdout and "Keep it whole" in run.stdout
+    printed = output_of(sys.executable, "-c", SHARDED)
+    assert "sharded (FSDP2, a DTensor)" in printed and "Keep it whole" in printed

@@ -1,28 +1,22 @@
 """The comparison of methods: nothing is run twice, a kill or a failure costs one run, and the table says what ran."""
 
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import compare_methods
 import pandas as pd
 import pytest
 import yaml
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import compare_methods  # noqa: E402
-from cli import read_config  # noqa: E402
-from comparison_table import markdown, numbers, ranks, table  # noqa: E402
-from runs import Job, work  # noqa: E402
-from tuning import choose  # noqa: E402
+from cli import read_config
+from comparison_table import markdown, numbers, ranks, table
+from processes import PATIENCE, RECIPES, output_of_recipe, started, wait_until
+from runs import Job, work
+from tuning import choose
 
 
 def write_study(folder: Path, **changes) -> list[str]:
@@ -45,14 +39,7 @@ def write_study(folder: Path, **changes) -> list[str]:
 
 def run_here(monkeypatch, arguments: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", *arguments])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     compare_methods.main()
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(RECIPES / "compare_methods.py"), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def times_of(folder: Path) -> dict[Path, float]:
@@ -167,14 +154,11 @@ def test_a_killed_comparison_goes_on(tmp_path) -> None:
     """With two workers then, who share what is left."""
     methods = {"dnw": None, "gmp": {"grid": {"num_prunings": [1, 2]}}}
     arguments = write_study(tmp_path, methods=methods, seeds=[1, 2, 3])
-    first = start(arguments)
-    while not times_of(tmp_path):
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
+    with started(sys.executable, RECIPES / "compare_methods.py", *arguments, log=tmp_path / "log") as first:
+        wait_until(lambda: times_of(tmp_path), first, tmp_path / "log")
+        first.kill()
     before = times_of(tmp_path)
-    second = start([*arguments, "--num_workers", "2"])
-    assert second.wait(120) == 0, second.stderr.read()
+    output_of_recipe("compare_methods.py", *arguments, "--num_workers", "2")
     after = times_of(tmp_path)
     assert len(after) == 7 and all(after[path] == before[path] for path in before)
     assert [row["label"] for row in rows_of(tmp_path)] == ["dnw"] * 3 + ["gmp"] * 3
@@ -197,7 +181,7 @@ def test_workers_do_every_job_once_and_wait_for_what_it_needs(tmp_path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(PATIENCE)
     assert [(job.folder / "done").read_text() for job in jobs] == ["once\n"] * 9
 
 

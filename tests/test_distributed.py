@@ -3,13 +3,13 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import At, classification_items, classifier, matrices, run_arguments, tiny_t5, translation_items
+from processes import output_of
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -104,10 +104,7 @@ def two_processes(tmp_path_factory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [__file__, str(folder)]
-    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    output_of(*command, __file__, folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """Every family of models: filters are pruned in a run, which resumes, saves, loads again and shrinks."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +19,10 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+from vision import CrossEntropy, input_name, name_logits
 
 from hf_bimp import BIMPArguments, BIMPTrainer, load_shrunk, save_shrunk, shrink
 from hf_bimp.formats import library_of, loading_code
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from vision import CrossEntropy, input_name, name_logits  # noqa: E402
 
 CLASSES = 5
 
@@ -138,6 +135,13 @@ def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return output if torch.is_tensor(output) else output["logits"]
 
 
+def assert_same_model(one: nn.Module, other: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """Weights to the bit. Outputs to rounding: weights that are mapped from a file lie at other alignments than
+    allocated ones, and on some processors another kernel takes them."""
+    assert_same_tensors(one.state_dict(), other.state_dict())
+    torch.testing.assert_close(logits(one, inputs), logits(other, inputs))
+
+
 def load_again(model: nn.Module, directory: Path) -> nn.Module:
     """By the very code that the model card shows."""
     scope: dict = {}
@@ -163,14 +167,14 @@ def test_prunes_resumes_saves_loads_and_shrinks(family: str, tmp_path: Path) -> 
 
     inputs = batch(family, model)
     dense = logits(model, inputs)
-    assert torch.equal(logits(load_again(model, tmp_path / "whole"), inputs), dense)
+    assert_same_model(load_again(model, tmp_path / "whole"), model, inputs)
 
     small = shrink(model, inputs)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     assert after < before
     assert (logits(small, inputs) - dense).abs().max() <= 1e-5 * max(1, dense.abs().max())
     save_shrunk(small, tmp_path / "small")
-    assert torch.equal(logits(load_shrunk(tmp_path / "small"), inputs), logits(small, inputs))
+    assert_same_model(load_shrunk(tmp_path / "small"), small, inputs)
 
 
 @pytest.mark.parametrize("family", ["cifar_vgg", "maxvit", "deeplabv3", "segformer", "t5"])
@@ -183,4 +187,4 @@ def test_weights_and_patterns_too(family: str, granularity: str, tmp_path: Path)
     assert masks.num_pruned == exact == sum(int((w == 0).sum()) for w in masks.weights.values())
     assert results["sparsity"]["prunable"] == exact / masks.num_weights and results["theoretical_speedup"] > 1
     inputs = batch(family, trainer.model)
-    assert torch.equal(logits(load_again(trainer.model, tmp_path), inputs), logits(trainer.model, inputs))
+    assert_same_model(load_again(trainer.model, tmp_path), trainer.model, inputs)

@@ -1,10 +1,10 @@
 """The local Hub of ``hub_server`` against the real client: a model goes up and comes back bit for bit."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 from hub_server import HubServer, client_environment, hub_server
+from processes import run
 
 UPLOAD = """
 import os
@@ -47,10 +47,8 @@ for repo, error in (("user/tiny-t5", EntryNotFoundError), ("user/absent", Reposi
 
 
 def run_client(server: HubServer, home: Path, program: str, folder: Path) -> None:
-    environment = client_environment(server, home) | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True
-    )
+    environment = client_environment(server, home) | {"CUDA_VISIBLE_DEVICES": ""}
+    done = run(sys.executable, "-c", program, folder, environment=environment)
     assert done.returncode == 0, done.stderr + "\n".join(server.requests)
 
 

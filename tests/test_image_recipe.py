@@ -1,8 +1,6 @@
 """The image classification recipe and the study of vision models, as a user starts them: offline and tiny."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,41 +9,27 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from image_data import AUGMENTATIONS, DataArguments, ImageTransform, load_images, num_classes
 from PIL import Image
+from processes import RECIPES, output_of, output_of_recipe
 from safetensors.torch import load_file
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-from image_data import AUGMENTATIONS, DataArguments, ImageTransform, load_images, num_classes  # noqa: E402
-
 TINY = ["--max_steps", "6", "--max_train_samples", "80", "--max_test_samples", "20", "--eval_strategy", "no"]
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
-    return done
-
-
-def recipe(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, RECIPES / script, *arguments)
 
 
 def test_digits_are_the_default_and_the_model_loads_in_a_fresh_process(tmp_path) -> None:
     arguments = [*TINY, "--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "3"]
     arguments += ["--output_dir", tmp_path]
-    done = recipe("image_classification.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "offline" in done.stdout and "recipes/configs/cifar10_resnet56.yaml" in done.stdout
+    printed = output_of_recipe("image_classification.py", *arguments)
+    assert "offline" in printed and "recipes/configs/cifar10_resnet56.yaml" in printed
     for row in ("dense", "pruning 2", "retraining 2", "final (validation)", "final (test)", "Theoretical speedup"):
-        assert row in done.stdout
+        assert row in printed
     results = json.loads((tmp_path / "bimp_results.json").read_text())
     assert results["sparsity"]["prunable"] == pytest.approx(0.9, abs=1e-4)
     assert {"accuracy", "loss"} <= results["test"].keys() and results["theoretical_speedup"] > 1
     first = load_file(tmp_path / "model.safetensors")
     (tmp_path / "bimp_results.json").unlink()
-    again = recipe("image_classification.py", *arguments, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
-    assert again.returncode == 0, again.stderr
+    output_of_recipe("image_classification.py", *arguments, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
     resumed = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(first[name], resumed[name]) for name in first)
     code = (
@@ -55,8 +39,8 @@ def test_digits_are_the_default_and_the_model_loads_in_a_fresh_process(tmp_path)
         "print(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights))\n"
         "print(model.pretrained_cfg['input_size'])\n"
     )
-    printed = run(sys.executable, "-c", code).stdout.splitlines()
-    assert float(printed[0]) == pytest.approx(0.9, abs=1e-4) and printed[1] == "(1, 16, 16)"
+    sparsity, size = output_of(sys.executable, "-c", code).splitlines()
+    assert float(sparsity) == pytest.approx(0.9, abs=1e-4) and size == "(1, 16, 16)"
 
 
 @pytest.fixture
@@ -85,8 +69,7 @@ def test_a_transformers_model_on_a_local_folder_with_filters(tmp_path, folder) -
     config |= {"dataset_name": str(folder), "image_column": "img", "label_column": "fine_label"}
     config |= {"target_sparsity": 0.5, "augmentation": "crop_flip_rotation", "label_smoothing_factor": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = recipe("image_classification.py", tmp_path / "config.json", *TINY, "--output_dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    output_of_recipe("image_classification.py", tmp_path / "config.json", *TINY, "--output_dir", tmp_path / "out")
     loaded = ResNetForImageClassification.from_pretrained(tmp_path / "out")
     assert loaded.config.num_labels == 3
     stem = loaded.resnet.embedder.embedder.convolution.weight
@@ -151,15 +134,14 @@ def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     arguments = [tmp_path / "study.yaml", "--output_dir", tmp_path / "out"]
-    first = recipe("retraining_study.py", *arguments)
-    assert first.returncode == 0, first.stderr
+    output_of_recipe("retraining_study.py", *arguments)
     table = (tmp_path / "out" / "table.md").read_text()
     assert "2 seeds" in table and "| ft |" in table and "| allr |" in table and "±" in table
     files = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/result.json")}
     assert len(files) == 6
     pruned = json.loads((tmp_path / "out" / "rules-allr-1" / "result.json").read_text())
     assert pruned["prunings"][0]["d2"] == 0.5 and pruned["allocation"] == "erk"
-    assert recipe("retraining_study.py", *arguments).returncode == 0
+    output_of_recipe("retraining_study.py", *arguments)
     assert files == {path: path.stat().st_mtime for path in files}
 
 

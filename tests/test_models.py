@@ -1,11 +1,11 @@
 """The CIFAR models: sizes, shapes, timm's methods, and saved models that another process restores."""
 
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from processes import output_of
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
@@ -99,9 +99,7 @@ def test_saved_models_are_restored_by_another_process(name, options, tmp_path):
     save_for_hf(model, tmp_path, safe_serialization=True)
     save_file({"images": images}, tmp_path / "images")
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "config.json").is_file()
-    command = [sys.executable, "-c", RESTORE, str(tmp_path), str(tmp_path / "logits")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    output_of(sys.executable, "-c", RESTORE, tmp_path, tmp_path / "logits")
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], model(images))
 
 

@@ -1,10 +1,10 @@
 """A pruned model is pushed to a (local) Hub with its card, and loaded back from there without hf_bimp."""
 
-import subprocess
 import sys
 
 import yaml
 from hub_server import client_environment, hub_server
+from processes import output_of
 
 TRAIN_AND_PUSH = """
 import sys
@@ -48,8 +48,7 @@ def test_pushed_model_loads_back_without_hf_bimp(tmp_path):
     out = str(tmp_path / "out")
     with hub_server() as hub:
         for program, home in ((TRAIN_AND_PUSH, "home"), (LOAD, "other-home")):
-            environment = client_environment(hub, tmp_path / home)
-            subprocess.run([sys.executable, "-c", program, out], env=environment, check=True, timeout=120)
+            output_of(sys.executable, "-c", program, out, environment=client_environment(hub, tmp_path / home))
         card = hub.repos["user/pruned-t5"]["README.md"].decode()
         assert "bimp_results.json" in hub.repos["user/pruned-t5"]
     metadata = yaml.safe_load(card.split("---")[1])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -19,6 +18,7 @@ from helpers import (
     tiny_t5,
     translation_items,
 )
+from processes import output_of
 from safetensors.torch import load_file
 from trainers import (
     assert_same_tensors,
@@ -187,7 +187,7 @@ def test_saved_model_is_plain_and_sparse(tmp_path):
     trainer.train()
     assert trainer.results["final"]["generated"] == 1.0
     loaded = tmp_path / "loaded.safetensors"
-    subprocess.run([sys.executable, "-c", LOAD_PLAIN, str(tmp_path / "out"), str(loaded)], check=True, timeout=120)
+    output_of(sys.executable, "-c", LOAD_PLAIN, tmp_path / "out", loaded)
     weights = load_file(loaded)
     assert_same_tensors(weights, {name: p.detach() for name, p in trainer.model.named_parameters()})
     prunable = [weights[name] for name in matrices(trainer.model)]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import At, classification_items, classifier, run_arguments, sparsity, tiny_t5, translation_items
+from processes import PATIENCE
 from safetensors.torch import load_file
+from trainers import assert_same_tensors
 
 from hf_bimp import BIMPArguments, BIMPTrainer
 
@@ -33,6 +35,21 @@ class NoisyPoints(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         item = self.items[index]
         return {"x": item["x"] + 0.1 * torch.randn(len(item["x"])), "labels": item["labels"]}
+
+
+class Network(torch.nn.Module):
+    """Convolutions, whose kernels differ most."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 20, 7, 2), torch.nn.BatchNorm2d(20), torch.nn.ReLU(), torch.nn.Conv2d(20, 30, 3)
+        self.layers = torch.nn.Sequential(*layer, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        self.last = torch.nn.Linear(30, 4)
+
+    def forward(self, x, labels):
+        logits = self.last(self.layers(x))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -118,7 +135,7 @@ def run(
     """One process of training, which dies of SIGKILL at `event` of `step` if they are given."""
     process = PROCESSES.Process(target=child, args=(str(output_dir), scenario, resume, event, step))
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == (0 if event is None else -signal.SIGKILL)
 
 
@@ -231,6 +248,30 @@ def test_resuming_in_mid_epoch_says_what_it_cannot_promise(tmp_path, caplog):
     caplog.clear()
     build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert "middle of an epoch" not in caplog.text
+
+
+def test_how_the_model_was_made_does_not_matter(tmp_path):
+    """Kernels depend on addresses on some processors, and those of weights in a file are any."""
+
+    def misaligned(model: torch.nn.Module) -> torch.nn.Module:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+            tensor.data = room.copy_(tensor.detach())
+        return model
+
+    def trainer_of(model: torch.nn.Module, folder: str) -> BIMPTrainer:
+        changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+        generator = torch.Generator().manual_seed(1)
+        items = [{"x": torch.randn(3, 32, 32, generator=generator), "labels": i % 4} for i in range(16)]
+        args = BIMPArguments(**run_arguments(tmp_path / folder, target_sparsity=0.8, num_cycles=2, **changes))
+        return BIMPTrainer(model=model, args=args, train_dataset=items)
+
+    whole = trainer_of(misaligned(Network()), "whole")
+    whole.train()
+    assert all(p.data_ptr() % 64 == 0 for p in whole.model.parameters())
+    resumed = trainer_of(Network(), "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same_tensors(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
 
 
 # ---- Killed while saving ----

@@ -1,39 +1,27 @@
 """The segmentation recipe: images and masks stay together, and a run as a user starts it, offline and tiny."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli import parse, parse_config
 from datasets import Dataset
 from PIL import Image
+from processes import RECIPES, output_of
 from safetensors.torch import load_file
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-from cli import parse, parse_config  # noqa: E402
-from segmentation_data import (  # noqa: E402
+from segmentation_data import (
     DataArguments,
     SegmentationTransform,
     load_segmentations,
     pasted_digits,
 )
-from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused, name_logits  # noqa: E402
+from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused, name_logits
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 STEP = 20  # an image of the tests shows its mask in this contrast
-
-
-def process(*command: str | Path) -> str:
-    """What a command prints; it must succeed."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def blocks(height: int, width: int, ignored: int = 255) -> dict:
@@ -231,11 +219,11 @@ def test_unused_stages_of_an_encoder_are_not_prunable() -> None:
     assert len(unused()) == 10  # the default, encoder_depth=3: both of the last stages
 
 
-def test_the_sample_runs_resumes_and_its_model_loads_in_a_fresh_process(tmp_path) -> None:
+def test_the_sample_runs_resumes_and_its_model_loads_in_a_fresh_output_of(tmp_path) -> None:
     command = [sys.executable, RECIPES / "semantic_segmentation.py", "--max_steps", "6", "--max_train_samples", "64"]
     command += ["--max_test_samples", "8", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "4"]
     command += ["--save_total_limit", "3", "--output_dir", tmp_path]
-    printed = process(*command)
+    printed = output_of(*command)
     assert "offline" in printed and "recipes/configs/cityscapes_pspnet.yaml" in printed
     for row in ("miou", "dense", "pruning 2", "retraining 2", "final (validation)", "final (test)"):
         assert row in printed
@@ -247,7 +235,7 @@ def test_the_sample_runs_resumes_and_its_model_loads_in_a_fresh_process(tmp_path
 
     first = load_file(tmp_path / "model.safetensors")
     (tmp_path / "bimp_results.json").unlink()
-    process(*command, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    output_of(*command, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
     resumed = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(first[name], resumed[name]) for name in first)
     code = (
@@ -257,7 +245,7 @@ def test_the_sample_runs_resumes_and_its_model_loads_in_a_fresh_process(tmp_path
         "used = [w for n, w in weights.items() if '.layer3.' not in n and '.layer4.' not in n]\n"
         "print(sum(int((w == 0).sum()) for w in used) / sum(w.numel() for w in used))\n"
     )
-    sparsity = process(sys.executable, "-c", code).splitlines()[-1]
+    sparsity = output_of(sys.executable, "-c", code).splitlines()[-1]
     assert float(sparsity) == pytest.approx(0.8, abs=1e-4)
     again = build_model(ModelArguments(smp_architecture=f"local-dir:{tmp_path}"), classes=11)
     assert all(torch.equal(tensor, first[name]) for name, tensor in again.state_dict().items())

@@ -1,12 +1,12 @@
 """Shrinking: the same outputs with fewer parameters, saved and loaded; and what it refuses."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import output_of
 from shrinkable import MODELS, ConcatAndFlatten, make, outputs, zero_half
 from torch import nn
 
@@ -68,7 +68,7 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
         arguments += [str(tmp_path / name), name]
         expected.append(outputs(small, MODELS[name][1](7)))
     path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
-    subprocess.run([sys.executable, "-c", LOAD, path, *arguments], check=True, cwd=tmp_path)
+    output_of(sys.executable, "-c", LOAD, path, *arguments)
     for name, want in zip(names, expected, strict=True):
         assert_same(torch.load(tmp_path / name / "outputs.pt"), want)
 

@@ -1,28 +1,19 @@
 """The translation recipe, as a user starts it: offline, tiny, from the command line."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import RECIPES, output_of_recipe, run_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--max_steps", "6", "--max_train_samples", "64", "--max_eval_samples", "8", "--eval_strategy", "no"]
 
 
-def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-
-
 def test_without_arguments_the_offline_sample_is_used_and_said(tmp_path):
-    done = run("t5_wmt16.py", *SMALL, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "offline" in done.stdout and "recipes/configs/t5_small_wmt16_de_en.yaml" in done.stdout
+    printed = output_of_recipe("t5_wmt16.py", *SMALL, "--output_dir", tmp_path)
+    assert "offline" in printed and "recipes/configs/t5_small_wmt16_de_en.yaml" in printed
     results = json.loads((tmp_path / "bimp_results.json").read_text())
     assert results["plan"]["prune_steps"] == [3, 4]
     assert abs(results["sparsity"]["prunable"] - 0.8) < 1e-4
@@ -37,7 +28,7 @@ def test_without_arguments_the_offline_sample_is_used_and_said(tmp_path):
         "final (validation)",
         "final (test)",
     ):
-        assert row in done.stdout
+        assert row in printed
     assert (tmp_path / "bimp_run.png").stat().st_size > 1000
     assert "translation" in (tmp_path / "README.md").read_text()
 
@@ -55,8 +46,7 @@ def test_a_config_file_and_a_local_file_with_overrides(tmp_path, pairs_file):
     config = sample | {"dataset_name": str(pairs_file), "target_lang": "ro", "tiny_vocab_size": 60, "num_cycles": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = [tmp_path / "config.json", *SMALL, "--num_cycles", "1", "--output_dir", tmp_path / "out"]
-    done = run("t5_wmt16.py", *arguments)
-    assert done.returncode == 0, done.stderr
+    output_of_recipe("t5_wmt16.py", *arguments)
     results = json.loads((tmp_path / "out" / "bimp_results.json").read_text())
     assert results["plan"]["prune_steps"] == [3]  # one cycle: the command line overrides the file
 
@@ -71,12 +61,11 @@ def test_a_config_file_and_a_local_file_with_overrides(tmp_path, pairs_file):
 def test_bad_config_is_refused_with_the_reason(tmp_path, pairs_file, override, complaint):
     config = {"output_dir": str(tmp_path / "out"), "target_sparsity": 0.5, "dataset_name": str(pairs_file)} | override
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = run("t5_wmt16.py", tmp_path / "config.yaml")
+    done = run_recipe("t5_wmt16.py", tmp_path / "config.yaml")
     assert done.returncode != 0 and complaint in done.stderr
 
 
 def test_every_shipped_config_parses(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
     from cli import parse
     from t5_wmt16 import ModelArguments
     from translation_data import DataArguments
@@ -113,8 +102,7 @@ def test_the_study_prunes_one_dense_model(tmp_path, pairs_file):
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     arguments = [tmp_path / "study.yaml", "--dataset_name", pairs_file, "--output_dir", tmp_path / "out"]
-    done = run("retraining_study.py", *arguments)
-    assert done.returncode == 0, done.stderr
+    output_of_recipe("retraining_study.py", *arguments)
     table = (tmp_path / "out" / "table.md").read_text()
     assert "10 steps, 1 seeds" in table and "| allr |" in table
     assert len(list((tmp_path / "out").glob("*/result.json"))) == 3
