@@ -1,15 +1,15 @@
 """Sparse models out of Hugging Face training scripts: iterative magnitude pruning in one training budget (BIMP)."""
 
 from .arguments import BIMPArguments, BIMPSeq2SeqArguments
-from .dense import DenseHistory
-from .masks import Masks
 from .methods import IterativeMagnitudePruning, LayerCollapseError, Pruning
-from .plan import Plan, make_plan
-from .prunable import find_prunable
-from .shrinking import load_shrunk, save_shrunk, shrink
-from .speedup import theoretical_speedup
-from .targets import make_masks
-from .trainer import BIMPSeq2SeqTrainer, BIMPTrainer
+from .pruning.build import make_masks
+from .pruning.layers import find_prunable
+from .pruning.masks import Masks
+from .pruning.structured.shrink import load_shrunk, save_shrunk, shrink
+from .reporting.flops import theoretical_speedup
+from .schedules.dense_history import DenseHistory
+from .schedules.plan import Plan, make_plan
+from .trainer.mixin import BIMPSeq2SeqTrainer, BIMPTrainer
 
 __version__ = "0.1.0"
 

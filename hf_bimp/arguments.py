@@ -8,11 +8,11 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .allocation import ALLOCATIONS
 from .methods import METHODS
 from .methods.imp import IMPArguments
-from .plan import check_goal
-from .rules import check_rule
+from .pruning.allocation import ALLOCATIONS
+from .pruning.granularity import check_rule
+from .schedules.plan import check_goal
 
 KNOBS = tuple(dict.fromkeys(method.Arguments for method in METHODS.values()))
 ON_COLLAPSE = ("warn", "raise")

@@ -22,15 +22,15 @@ from pathlib import Path
 from shutil import rmtree
 from types import ModuleType
 
-from cli import CONFIGS, parse_config, read_config
-from comparison_study import Entry, Study
-from comparison_table import row, write_all
 from filelock import FileLock
-from runs import ERROR_NAME, Job, combinations, do_run, forget_failures, with_workers, work
-from tuning import Search, choose
 
+from comparison.jobs import ERROR_NAME, Job, combinations, do_run, forget_failures, with_workers, work
+from comparison.study import Entry, Study
+from comparison.table import row, write_all
+from comparison.tuning import Search, choose
 from hf_bimp.arguments import KNOBS
 from hf_bimp.methods import METHODS
+from shared.cli import CONFIGS, parse_config, read_config
 
 DEFAULT_CONFIG = CONFIGS / "compare_digits.yaml"
 ALL_KNOBS = {knob.name for arguments in KNOBS for knob in fields(arguments)}

@@ -12,9 +12,6 @@ import json
 from dataclasses import dataclass, field
 
 import timm
-from cli import parse
-from image_data import DataArguments, ImageTransform, load_images, num_classes
-from outcome import Task
 from timm.data import resolve_model_data_config
 from torch import nn
 from transformers import (
@@ -26,12 +23,15 @@ from transformers import (
     TimmWrapperImageProcessor,
     set_seed,
 )
-from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
 
 import hf_bimp.models  # noqa: F401, registers cifar_resnet56 and the like with timm
 from hf_bimp import BIMPArguments, BIMPTrainer
-from hf_bimp.evaluation import predicted_classes
 from hf_bimp.metrics import Accuracy
+from hf_bimp.trainer.measuring import predicted_classes
+from shared.cli import parse
+from shared.image_data import DataArguments, ImageTransform, load_images, num_classes
+from shared.outcome import Task
+from shared.vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
 
 DEFAULT_CONFIG = "digits_resnet20.yaml"
 METRIC = "accuracy"

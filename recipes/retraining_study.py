@@ -13,9 +13,10 @@ import argparse
 import importlib
 from pathlib import Path
 
-from cli import read_config
-from runs import combinations, do_run, mean_and_deviation
 from tqdm import tqdm
+
+from comparison.jobs import combinations, do_run, mean_and_deviation
+from shared.cli import read_config
 
 
 def pruning_config(study: dict, grid: dict, choice: dict, dense: dict, dense_dir: Path, seed: int) -> dict:

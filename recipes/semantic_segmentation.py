@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 
 import segmentation_models_pytorch as smp
 import torch
-from cli import parse
-from outcome import Task
-from segmentation_data import DataArguments, SegmentationTransform, load_segmentations
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from transformers import (
@@ -26,12 +23,15 @@ from transformers import (
     BaseImageProcessor,
     set_seed,
 )
-from vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
 
 from hf_bimp import BIMPArguments, BIMPTrainer
-from hf_bimp.evaluation import predicted_classes
 from hf_bimp.metrics import MeanIoU
-from hf_bimp.prunable import PRUNABLE_MODULES
+from hf_bimp.pruning.layers import PRUNABLE_MODULES
+from hf_bimp.trainer.measuring import predicted_classes
+from shared.cli import parse
+from shared.outcome import Task
+from shared.segmentation_data import DataArguments, SegmentationTransform, load_segmentations
+from shared.vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
 
 DEFAULT_CONFIG = "segmentation_sample.yaml"
 METRIC = "miou"

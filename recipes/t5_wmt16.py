@@ -12,9 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from cli import parse
-from outcome import Task, report, train_and_test
-from tiny_t5 import tiny_t5, train_tokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -24,10 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from translation_data import DataArguments, load_pairs, sentences, tokenize
 
 from hf_bimp import BIMPSeq2SeqArguments, BIMPSeq2SeqTrainer
 from hf_bimp.metrics import Bleu
+from shared.cli import parse
+from shared.outcome import Task, report, train_and_test
+from shared.tiny_t5 import tiny_t5, train_tokenizer
+from shared.translation_data import DataArguments, load_pairs, sentences, tokenize
 
 DEFAULT_CONFIG = "t5_sample.yaml"
 METRIC = "bleu"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_bimp import Masks, Plan
 from hf_bimp.methods import METHODS, Method
-from hf_bimp.schedules import DenseRates
+from hf_bimp.schedules.retraining import DenseRates
 
 SHAPES = {"a": (6, 5), "b": (4, 3, 2)}
 SIZE = 54  # of both

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import hf_bimp.models  # noqa: F401  registers the CIFAR models with timm
-from hf_bimp.tracing import FilterGroup, Inputs
+from hf_bimp.pruning.structured.tracing import FilterGroup, Inputs
 
 
 class ConcatAndFlatten(nn.Module):

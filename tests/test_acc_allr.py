@@ -4,12 +4,13 @@ import gc
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import (
     At,
     classification_items,
     snapshot,
 )
-from torch import Tensor, nn
 from trainers import MODELS, make_trainer, mean_loss, pruning_records
 
 

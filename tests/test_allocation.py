@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_bimp import Masks
-from hf_bimp.allocation import Layer, layer_counts, max_sparsity
-from hf_bimp.rules import WeightRule
+from hf_bimp.pruning.allocation import Layer, layer_counts, max_sparsity
+from hf_bimp.pruning.granularity import WeightRule
 
 PER_LAYER = ("uniform", "uniform_plus", "erk")
 SHAPES = st.lists(

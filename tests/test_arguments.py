@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import output_of
 from torch import nn
 from transformers import Adafactor, HfArgumentParser
 from transformers.trainer_utils import SchedulerType
@@ -15,7 +14,8 @@ from transformers.training_args import OptimizerNames
 
 from hf_bimp import BIMPArguments, BIMPSeq2SeqArguments
 from hf_bimp.arguments import TESTED_OPTIMIZERS
-from hf_bimp.checks import check_devices, check_model, check_optimizer, check_scheduler
+from hf_bimp.trainer.checks import check_devices, check_model, check_optimizer, check_scheduler
+from processes import output_of
 
 EVALUATED = {"eval_strategy": "epoch"}
 HELD = {"num_cycles": 0, "keep_zeros": True}
@@ -235,7 +235,7 @@ def test_adapters_are_refused() -> None:
 
 SHARDED = """
 from torch import distributed, nn
-from hf_bimp.prunable import find_prunable
+from hf_bimp.pruning.layers import find_prunable
 
 find_prunable(nn.Linear(4, 4))
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

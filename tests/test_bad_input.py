@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import Adafactor
+
 from helpers import (
     At,
     classification_items,
@@ -13,10 +17,7 @@ from helpers import (
     tiny_t5,
     translation_items,
 )
-from torch import Tensor, nn
 from trainers import assert_same_tensors, make_trainer
-from transformers import Trainer, TrainingArguments
-from transformers.optimization import Adafactor
 
 
 def test_nan_weights_stop_the_run_at_the_pruning(tmp_path):

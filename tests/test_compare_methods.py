@@ -8,15 +8,16 @@ import threading
 import time
 from pathlib import Path
 
-import compare_methods
 import pandas as pd
 import pytest
 import yaml
-from cli import read_config
-from comparison_table import markdown, numbers, ranks, table
+
+import compare_methods
+from comparison.jobs import Job, work
+from comparison.table import markdown, numbers, ranks, table
+from comparison.tuning import choose
 from processes import PATIENCE, RECIPES, output_of_recipe, started, wait_until
-from runs import Job, work
-from tuning import choose
+from shared.cli import read_config
 
 
 def write_study(folder: Path, **changes) -> list[str]:

@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
 from helpers import (
     At,
     matrices,
@@ -11,11 +14,8 @@ from helpers import (
     snapshot,
     sparsity,
 )
-from torch import nn
-from trainers import MODELS, assert_same_tensors, expected_rates, make_trainer, pruning_records, recorded_rates
-from transformers import Trainer, TrainingArguments
-
 from hf_bimp import BIMPTrainer
+from trainers import MODELS, assert_same_tensors, expected_rates, make_trainer, pruning_records, recorded_rates
 
 # ---- Dense parity ----
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import At, classification_items, classifier, matrices, run_arguments, tiny_t5, translation_items
-from processes import output_of
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+from helpers import At, classification_items, classifier, matrices, run_arguments, tiny_t5, translation_items
 from hf_bimp import BIMPArguments, BIMPTrainer
+from processes import output_of
 
 STEPS, BOUNDARIES = 12, (4, 8)
 MODELS = {"classifier": (classifier, classification_items), "t5": (tiny_t5, translation_items)}

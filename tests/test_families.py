@@ -7,11 +7,8 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from helpers import run_arguments, translation_items
 from safetensors.torch import load_file
-from shrinkable import hf_resnet, t5
 from torch import nn
-from trainers import assert_same_tensors
 from transformers import (
     PreTrainedModel,
     SegformerConfig,
@@ -19,10 +16,13 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
-from vision import CrossEntropy, input_name, name_logits
 
+from helpers import run_arguments, translation_items
 from hf_bimp import BIMPArguments, BIMPTrainer, load_shrunk, save_shrunk, shrink
-from hf_bimp.formats import library_of, loading_code
+from hf_bimp.storage.model_formats import library_of, loading_code
+from shared.vision import CrossEntropy, input_name, name_logits
+from shrinkable import hf_resnet, t5
+from trainers import assert_same_tensors
 
 CLASSES = 5
 

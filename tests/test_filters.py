@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from shrinkable import MODELS, make
 from torch import Tensor, nn
 
 from hf_bimp import find_prunable
-from hf_bimp.filters import FilterGroup, find_filter_groups
+from hf_bimp.pruning.structured.groups import FilterGroup, find_filter_groups
+from shrinkable import MODELS, make
 
 
 class Residual(nn.Module):

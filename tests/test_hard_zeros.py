@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
+
 from helpers import (
     At,
     matrices,
@@ -11,11 +14,8 @@ from helpers import (
     tiny_t5,
     translation_items,
 )
-from torch import Tensor, nn
-from trainers import make_trainer, zeros_of
-from transformers.optimization import Adafactor
-
 from hf_bimp.arguments import TESTED_OPTIMIZERS
+from trainers import make_trainer, zeros_of
 
 BY_HAND: dict[str, tuple[type, dict]] = {
     "sgd, nesterov": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),

@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from image_data import AUGMENTATIONS, DataArguments, ImageTransform, load_images, num_classes
 from PIL import Image
-from processes import RECIPES, output_of, output_of_recipe
 from safetensors.torch import load_file
+
+from processes import RECIPES, output_of, output_of_recipe
+from shared.image_data import AUGMENTATIONS, DataArguments, ImageTransform, load_images, num_classes
 
 TINY = ["--max_steps", "6", "--max_train_samples", "80", "--max_test_samples", "20", "--eval_strategy", "no"]
 
@@ -78,8 +79,8 @@ def test_a_transformers_model_on_a_local_folder_with_filters(tmp_path, folder) -
 
 def run_here(directory: Path, **changes) -> dict:
     """The recipe in this process, on a few digits."""
-    from cli import parse_config
     from image_classification import ARGUMENTS, build_task
+    from shared.cli import parse_config
 
     config = yaml.safe_load((RECIPES / "configs" / "digits_resnet20.yaml").read_text())
     config |= {"use_cpu": True, "max_steps": 4, "max_train_samples": 60, "max_test_samples": 20}
@@ -146,8 +147,8 @@ def test_the_study_compares_and_repeats_nothing(tmp_path) -> None:
 
 
 def test_every_image_config_parses(monkeypatch) -> None:
-    from cli import parse
     from image_classification import ARGUMENTS
+    from shared.cli import parse
 
     configs = [path for path in (RECIPES / "configs").glob("*.yaml") if "timm_model:" in path.read_text()]
     assert len(configs) >= 9

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import classification_items, classifier, matrices
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
-from trainers import assert_same_tensors, make_trainer, pruning_records
 
+from helpers import classification_items, classifier, matrices
 from hf_bimp import LayerCollapseError
 from hf_bimp.methods import IterativeMagnitudePruning
-from hf_bimp.throughput import Throughput
+from hf_bimp.reporting.throughput import Throughput
+from trainers import assert_same_tensors, make_trainer, pruning_records
 
 
 def accuracy(evaluated) -> dict[str, float]:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methodical import DECAY, MOMENTUM, RATE, SIZE, Quadratic, flat, make, sgd, step, top, train, weights_of
-from trainers import make_trainer, recorded_rates
 from transformers import Adafactor
 
 from hf_bimp import BIMPArguments
 from hf_bimp.methods import METHODS
-from hf_bimp.plan import gradual_prunings
+from hf_bimp.schedules.plan import gradual_prunings
+from methodical import DECAY, MOMENTUM, RATE, SIZE, Quadratic, flat, make, sgd, step, top, train, weights_of
+from trainers import make_trainer, recorded_rates
 
 STABLE = [name for name in METHODS if name not in ("bimp", "dense")]
 LOSS = Quadratic()

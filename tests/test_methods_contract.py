@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import At, classification_items, classifier, matrices, snapshot, sparsity, tiny_t5, translation_items
 from safetensors.torch import load_file
 from torch import nn
-from trainers import assert_same_tensors, make_trainer
 from transformers import T5ForConditionalGeneration
 
+from helpers import At, classification_items, classifier, matrices, snapshot, sparsity, tiny_t5, translation_items
 from hf_bimp import BIMPTrainer
 from hf_bimp.methods import METHODS
+from trainers import assert_same_tensors, make_trainer
 
 STEPS, GOAL = 12, 0.75
 TABLE: dict[str, dict] = {

@@ -5,11 +5,11 @@ import sys
 import pytest
 import timm
 import torch
-from processes import output_of
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import hf_bimp.models  # noqa: F401
+from processes import output_of
 
 # Smallest variant of each architecture.
 TINY = [

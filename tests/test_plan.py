@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hf_bimp import Plan, make_plan
-from hf_bimp.plan import cycle_sparsities
+from hf_bimp.schedules.plan import cycle_sparsities
 
 budgets = given(
     total=st.integers(1, 500),

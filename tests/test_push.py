@@ -3,6 +3,7 @@
 import sys
 
 import yaml
+
 from hub_server import client_environment, hub_server
 from processes import output_of
 

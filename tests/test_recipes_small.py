@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from processes import output_of_recipe
 from safetensors.torch import load_file
 
 from hf_bimp.methods import METHODS
+from processes import output_of_recipe
 
 
 def test_accelerate_loop_prunes_to_the_target_and_keeps_accuracy(tmp_path):

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback
+
 from helpers import (
     At,
     Classifier,
@@ -18,17 +21,14 @@ from helpers import (
     tiny_t5,
     translation_items,
 )
+from hf_bimp import BIMPSeq2SeqArguments, BIMPSeq2SeqTrainer
 from processes import output_of
-from safetensors.torch import load_file
 from trainers import (
     assert_same_tensors,
     make_trainer,
     mean_loss,
     pruning_records,
 )
-from transformers import EarlyStoppingCallback
-
-from hf_bimp import BIMPSeq2SeqArguments, BIMPSeq2SeqTrainer
 
 
 def accuracy(prediction) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from methodical import DECAY, RATE, SHAPES, SIZE, Quadratic, flat, make, sgd, step, train, weights_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_bimp import Masks, Plan, find_prunable
 from hf_bimp.methods import METHODS
-from hf_bimp.prunable import output_dims
-from hf_bimp.schedules import DenseRates
+from hf_bimp.pruning.layers import output_dims
+from hf_bimp.schedules.retraining import DenseRates
+from methodical import DECAY, RATE, SHAPES, SIZE, Quadratic, flat, make, sgd, step, train, weights_of
 
 DOUBLE = torch.float64
 STEPS = 20

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import At, classification_items, classifier, run_arguments, sparsity, tiny_t5, translation_items
-from processes import PATIENCE
 from safetensors.torch import load_file
-from trainers import assert_same_tensors
 
+from helpers import At, classification_items, classifier, run_arguments, sparsity, tiny_t5, translation_items
 from hf_bimp import BIMPArguments, BIMPTrainer
+from processes import PATIENCE
+from trainers import assert_same_tensors
 
 # Children come from a server that has the libraries imported and no threads yet, so that starting one takes no time.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_bimp.trainer", "matplotlib.figure"])
+PROCESSES.set_forkserver_preload(["hf_bimp.trainer.mixin", "matplotlib.figure"])
 
 STEPS = 14  # in epochs of 4 or, with accumulation, of 3 steps: prunings and kills come in the middle of epochs
 BOUNDARIES = (6, 10)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from helpers import run_arguments
 from hf_bimp import BIMPArguments, Masks
-from hf_bimp.rules import check_rule, parse_n_of_m
-from hf_bimp.targets import make_masks
+from hf_bimp.pruning.build import make_masks
+from hf_bimp.pruning.granularity import check_rule, parse_n_of_m
 
 
 class Small(nn.Module):

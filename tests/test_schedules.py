@@ -9,8 +9,8 @@ import torch
 from transformers import get_scheduler
 
 from hf_bimp import DenseHistory, IterativeMagnitudePruning, Masks, Plan, make_plan
-from hf_bimp.scheduler import PlannedScheduler
-from hf_bimp.schedules import RETRAIN_SCHEDULES
+from hf_bimp.schedules.retraining import RETRAIN_SCHEDULES
+from hf_bimp.trainer.lr_scheduler import PlannedScheduler
 
 OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # has no state of the pruned weights
 

@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import parse, parse_config
 from datasets import Dataset
 from PIL import Image
-from processes import RECIPES, output_of
 from safetensors.torch import load_file
-from segmentation_data import (
+
+from processes import RECIPES, output_of
+from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused, name_logits
+from shared.cli import parse, parse_config
+from shared.segmentation_data import (
     DataArguments,
     SegmentationTransform,
     load_segmentations,
     pasted_digits,
 )
-from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused, name_logits
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 STEP = 20  # an image of the tests shows its mask in this contrast
@@ -219,7 +220,7 @@ def test_unused_stages_of_an_encoder_are_not_prunable() -> None:
     assert len(unused()) == 10  # the default, encoder_depth=3: both of the last stages
 
 
-def test_the_sample_runs_resumes_and_its_model_loads_in_a_fresh_output_of(tmp_path) -> None:
+def test_the_sample_runs_resumes_and_its_model_loads_in_a_fresh_process(tmp_path) -> None:
     command = [sys.executable, RECIPES / "semantic_segmentation.py", "--max_steps", "6", "--max_train_samples", "64"]
     command += ["--max_test_samples", "8", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "4"]
     command += ["--save_total_limit", "3", "--output_dir", tmp_path]

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hf_bimp.selection
+import hf_bimp.pruning.ranking
 from hf_bimp import Masks
-from hf_bimp.selection import prune_smallest
+from hf_bimp.pruning.ranking import prune_smallest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Few different values: ties within and across layers. 2**-24 is subnormal in float16, 1e-40 in float32.

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import output_of
-from shrinkable import MODELS, ConcatAndFlatten, make, outputs, zero_half
 from torch import nn
 
 from hf_bimp import find_prunable
-from hf_bimp.filters import find_filter_groups
-from hf_bimp.shrinking import load_shrunk, save_shrunk, shrink
+from hf_bimp.pruning.structured.groups import find_filter_groups
+from hf_bimp.pruning.structured.shrink import load_shrunk, save_shrunk, shrink
+from processes import output_of
+from shrinkable import MODELS, ConcatAndFlatten, make, outputs, zero_half
 
 LOAD = """
 import sys, torch
 sys.path[:0] = sys.argv[1].split(":")
 from shrinkable import MODELS, outputs
-from hf_bimp.shrinking import load_shrunk
+from hf_bimp.pruning.structured.shrink import load_shrunk
 for folder, name in zip(sys.argv[2::2], sys.argv[3::2]):
     result = outputs(load_shrunk(folder), MODELS[name][1](7))
     torch.save(result, folder + "/outputs.pt")
@@ -127,7 +127,7 @@ def test_refuses_where_nothing_is_zero() -> None:
 
 def test_refuses_outputs_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pruned("concat")
-    monkeypatch.setattr("hf_bimp.shrinking.output_difference", lambda *_: float("nan"))
+    monkeypatch.setattr("hf_bimp.pruning.structured.shrink.output_difference", lambda *_: float("nan"))
     with pytest.raises(RuntimeError, match="puts out something else"):
         shrink(model, MODELS["concat"][1](0))
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from hf_bimp import Masks, find_prunable
-from hf_bimp.prunable import PRUNABLE_MODULES
-from hf_bimp.speedup import MultiplyAdds, count_multiply_adds, theoretical_speedup
+from hf_bimp.pruning.layers import PRUNABLE_MODULES
+from hf_bimp.reporting.flops import MultiplyAdds, count_multiply_adds, theoretical_speedup
 
 
 def tiny_cnn() -> nn.Sequential:

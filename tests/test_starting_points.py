@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers import T5ForConditionalGeneration
+
 from helpers import (
     At,
     Classifier,
@@ -17,7 +20,7 @@ from helpers import (
     tiny_t5,
     translation_items,
 )
-from torch import nn
+from hf_bimp import BIMPTrainer
 from trainers import (
     RateRecorder,
     assert_same_tensors,
@@ -27,9 +30,6 @@ from trainers import (
     recorded_rates,
     zeros_of,
 )
-from transformers import T5ForConditionalGeneration
-
-from hf_bimp import BIMPTrainer
 
 # ---- IMP: a model that was trained before ----
 

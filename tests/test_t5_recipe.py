@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from processes import RECIPES, output_of_recipe, run_recipe
 
 SMALL = ["--max_steps", "6", "--max_train_samples", "64", "--max_eval_samples", "8", "--eval_strategy", "no"]
@@ -66,11 +67,10 @@ def test_bad_config_is_refused_with_the_reason(tmp_path, pairs_file, override, c
 
 
 def test_every_shipped_config_parses(monkeypatch):
-    from cli import parse
-    from t5_wmt16 import ModelArguments
-    from translation_data import DataArguments
-
     from hf_bimp import BIMPSeq2SeqArguments
+    from shared.cli import parse
+    from shared.translation_data import DataArguments
+    from t5_wmt16 import ModelArguments
 
     configs = [path for path in sorted((RECIPES / "configs").glob("t5_*.yaml")) if "study" not in path.name]
     assert len(configs) >= 4

@@ -4,6 +4,9 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
 from helpers import (
     At,
     classification_items,
@@ -13,9 +16,6 @@ from helpers import (
     tiny_t5,
     translation_items,
 )
-from torch import Tensor, nn
-from transformers import Trainer
-
 from hf_bimp import BIMPArguments, BIMPTrainer
 
 MODELS = {"classifier": (classifier, classification_items), "t5": (tiny_t5, translation_items)}

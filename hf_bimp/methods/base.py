@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..allocation import ALLOCATIONS
-from ..masks import Masks
-from ..plan import Phase, Plan
-from ..schedules import DenseRates
+from ..pruning.allocation import ALLOCATIONS
+from ..pruning.masks import Masks
+from ..schedules.plan import Phase, Plan
+from ..schedules.retraining import DenseRates
 
 
 @dataclass(frozen=True)

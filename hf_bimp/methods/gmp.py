@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..plan import gradual_prunings
+from ..schedules.plan import gradual_prunings
 from .base import Method
 
 SCHEDULES = ("stepped", "linear", "cyclic")

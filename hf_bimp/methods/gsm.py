@@ -2,7 +2,7 @@
 
 import torch
 
-from ..selection import prune_smallest
+from ..pruning.ranking import prune_smallest
 from .base import Method
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..masks import Masks
-from ..plan import Phase, Plan, check_amount
-from ..rules import CRITERIA, parse_n_of_m
-from ..schedules import (
+from ..pruning.granularity import CRITERIA, parse_n_of_m
+from ..pruning.masks import Masks
+from ..schedules.plan import Phase, Plan, check_amount
+from ..schedules.retraining import (
     ADAPTIVE,
     NEED_DENSE_HISTORY,
     RETRAIN_SCHEDULES,

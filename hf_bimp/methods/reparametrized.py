@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..selection import exact
+from ..pruning.ranking import exact
 from .dense_behind import DenseBehind
 
 

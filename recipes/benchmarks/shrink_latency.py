@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import hf_bimp.models  # noqa: F401, registers cifar_resnet56 and the like with timm
 from hf_bimp import make_masks, save_shrunk, shrink, theoretical_speedup
-from hf_bimp.speedup import count_multiply_adds
+from hf_bimp.reporting.flops import count_multiply_adds
 
 
 def seconds(model: nn.Module, batch: torch.Tensor) -> float:

@@ -1,0 +1,1 @@
+"""Whole filters: which depend on each other, and how they are taken out."""

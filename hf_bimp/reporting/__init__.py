@@ -1,0 +1,1 @@
+"""What a run tells: results, pictures, model card, and the measures in them."""

@@ -1,0 +1,191 @@
+"""The model card of a pruned model: how sparse it is, how it was pruned, how good it is, how to load it."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..storage.model_formats import is_own, library_of, loading_code
+from .plots import LAYERS_PLOT_NAME
+from .results import MOST_ROWS
+
+HUB_LIBRARIES = {
+    "transformers": "transformers",
+    "timm": "timm",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
+TAGS = ("hf_bimp", "pruned", "sparse", "generated_from_trainer")
+
+
+def write_model_card(
+    trainer,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> None:
+    """Writes README.md into the output directory; the arguments are those of `Trainer.create_model_card`."""
+    if not trainer.is_world_process_zero():
+        return
+    results = trainer.results
+    name = model_name or Path(trainer.args.output_dir).absolute().name
+    base_model = finetuned_from or _base_model(trainer.model)
+    datasets = _as_list(dataset_tags) or _as_list(dataset)
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name=HUB_LIBRARIES.get(library_of(trainer.model)),
+        tags=[*TAGS, *(tag for tag in _as_list(tags) if tag not in TAGS)],
+        base_model=base_model,
+        datasets=_as_list(dataset_tags) or None,
+        pipeline_tag=_first(tasks),
+        metrics=[m for m in (results or {}).get("final", {}) if not m.endswith("loss")] or None,
+        model_name=name,
+        eval_results=_eval_results(results, _first(tasks), _first(datasets), _first(dataset_args)),
+    )
+    body = [f"# {name}", _summary(results, base_model), *_sections(trainer, results)]
+    content = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
+    ModelCard(content).save(Path(trainer.args.output_dir) / "README.md")
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _first(value: str | list[str] | None) -> str | None:
+    return next(iter(_as_list(value)), None)
+
+
+def _base_model(model) -> str | None:
+    """The Hub id that the model was loaded from; a local path means nothing to others."""
+    name = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
+    return name if name and not Path(name).exists() else None
+
+
+def _eval_results(results: dict | None, task: str | None, dataset: str | None, config: str | None):
+    if not results or task is None or dataset is None:
+        return None  # the Hub's metadata wants all three
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=config,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in results["final"].items()
+        if not metric.endswith("loss")
+    ]
+
+
+def _summary(results: dict | None, base_model: str | None) -> str:
+    of = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    if results is None:
+        return f"A model{of}, in training with hf_bimp."
+    what = {"weight": "", "filter": " of whole filters"}.get(results["granularity"], f" to {results['granularity']}")
+    how = (
+        f'{results["criterion"]} pruning{what}, {results["allocation"]} allocation, after "How I Learned to Stop '
+        f'Worrying and Love Retraining" (Zimmer, Spiegel and Pokutta, ICLR 2023): '
+    )
+    if results["method"] not in ("bimp", "dense"):
+        how = ""
+    return (
+        f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** (those of linear "
+        f"and convolution layers) and {results['sparsity']['all_parameters']:.2%} of all parameters are zero. Trained "
+        f"with hf_bimp: {how}{results['summary']}."
+    )
+
+
+def _sections(trainer, results: dict | None) -> list[str]:
+    sections = ["## How to load it", _loading(trainer)]
+    if results is None:
+        return sections
+    return [
+        *("## Results", _metrics_table(results)),
+        *("## How it was pruned", _plan_rows(results)),
+        *("## Measures", _measures(results, Path(trainer.args.output_dir))),
+        *sections,
+        "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one."
+        + _shrinking(trainer),
+        *("## Training", _hyperparameters(trainer.args, results)),
+    ]
+
+
+def _loading(trainer) -> str:
+    where = trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir
+    needs = "only its architecture from hf_bimp" if is_own(trainer.model) else "no hf_bimp"
+    return f"It is a plain checkpoint and needs {needs}:\n\n```python\n{loading_code(trainer.model, where)}\n```"
+
+
+def _measures(results: dict, directory: Path) -> str:
+    speedup, rate = results["theoretical_speedup"], results["throughput"]["training_samples_per_second"]
+    rows = [
+        ["theoretical speedup (multiply-adds, zeros cost nothing)", "-" if speedup is None else f"{speedup:.4g}"],
+        ["training samples per second", "-" if rate is None else f"{rate:.4g}"],
+        *([f"pruning stability ({name})", f"{value:.4g}"] for name, value in results["pruning_stability"].items()),
+        ["layers with nothing left", ", ".join(results["collapsed_layers"]) or "none"],
+    ]
+    layers = [[name, f"{share:.2%}"] for name, share in results["sparsity"]["per_layer"].items()]
+    details = (
+        f"<details><summary>Sparsity of each layer</summary>\n\n{_table(['weight', 'sparsity'], layers)}\n\n</details>"
+    )
+    return _table(["measure", "value"], rows) + f"\n\n![Sparsity of each layer]({LAYERS_PLOT_NAME})\n\n{details}"
+
+
+def _shrinking(trainer) -> str:
+    if trainer.args.granularity != "filter":
+        return ""
+    return " `hf_bimp.shrink(model, example_inputs)` removes its zero filters and gives a smaller dense model."
+
+
+def _table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _metrics_table(results: dict) -> str:
+    dense, sparse = results["dense"], f"{results['sparsity']['prunable']:.2%} sparse"
+    if not dense:
+        return _table(["metric", sparse], [[m, f"{value:.4g}"] for m, value in results["final"].items()])
+    rows = [[m, f"{dense.get(m, float('nan')):.4g}", f"{value:.4g}"] for m, value in results["final"].items()]
+    return _table(["metric", "dense", sparse], rows)
+
+
+def _plan_rows(results: dict) -> str:
+    keys = ("threshold", "distance", "d1", "d2", "retrain_peak")
+    header = [
+        "cycle",
+        "pruned before step",
+        "sparsity",
+        "threshold",
+        "\\|\\|W - W_p\\|\\|",
+        "d1",
+        "d2",
+        "peak learning rate",
+    ]
+    rows = [
+        [p["cycle"], p["step"], f"{p['sparsity']:.2%}"] + [f"{p[key]:.4g}" if key in p else "-" for key in keys]
+        for p in results["prunings"]
+    ]
+    if len(rows) > MOST_ROWS:
+        rows[4:-3] = [["..."] * len(header)]
+    return f"{results['plan']['total_steps']} optimizer steps in all.\n\n" + _table(header, rows)
+
+
+def _hyperparameters(args, results: dict) -> str:
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = [
+        ["optimizer", args.optim.value],
+        ["learning rate", args.learning_rate],
+        ["batch size (all processes, accumulated)", batch],
+        ["weight decay", args.weight_decay],
+        ["seed", args.seed],
+        *([f"{name} version", number] for name, number in results["versions"].items()),
+    ]
+    return _table(["", ""], rows)

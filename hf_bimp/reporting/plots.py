@@ -1,0 +1,68 @@
+"""Two pictures of a run: its learning rate, sparsity and metric over the steps, and the sparsity of its layers."""
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ..methods import Method
+
+PLOT_NAME = "bimp_run.png"
+LAYERS_PLOT_NAME = "bimp_layers.png"
+
+logger = logging.get_logger(__name__)
+
+
+def write_plot(directory: str, results: dict, log: list[dict], method: Method, unit: float) -> None:
+    """Learning rate, sparsity and main metric over the optimizer steps, as one PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning(f"No {PLOT_NAME}: matplotlib is missing. Install it with: pip install hf_bimp[plots]")
+        return
+    done = max((entry["step"] for entry in log), default=0)
+    steps = range(0, done, max(done // 2000, 1))
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    rate, sparsity, metric = figure.subplots(3, 1, sharex=True)
+    rate.plot(steps, [method.rate(step) * unit for step in steps], color="tab:blue")
+    rate.set_ylabel("learning rate")
+    sparsity.plot(*_sparsity_points(log, method, steps), color="tab:orange")
+    sparsity.set(ylabel="sparsity (%)", ylim=(-2, 102))
+    name = results["main_metric"]
+    if name is not None:
+        points = _metric_points(log, name)
+        metric.plot(*zip(*points, strict=True), marker=".", color="tab:green") if points else None
+        metric.set_ylabel(name)
+    metric.set_xlabel("optimizer step")
+    for axis in (rate, sparsity, metric):
+        axis.grid(alpha=0.3)
+    figure.savefig(Path(directory) / PLOT_NAME, dpi=120)
+
+
+def _sparsity_points(log: list[dict], method: Method, steps: range) -> tuple[list[int], list[float]]:
+    """Steps and sparsities (%): as planned, or where there is no plan as logged along the way."""
+    if not method.implicit_sparsity:
+        return list(steps), [100 * method.plan.phase(step).sparsity for step in steps]
+    logged = [(entry["step"], 100 * entry["sparsity"]) for entry in log if "sparsity" in entry]
+    return [step for step, _ in logged], [share for _, share in logged]
+
+
+def write_layer_plot(directory: str, results: dict) -> None:
+    """The sparsity of every layer as horizontal bars, in the order of their names, as one PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # write_plot says so
+    layers = results["sparsity"]["per_layer"]
+    figure = Figure(figsize=(8, 1.5 + 0.16 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(list(layers), [100 * share for share in layers.values()], color="tab:orange")
+    axis.axvline(100 * results["sparsity"]["prunable"], color="black", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="sparsity (%), dashed: of all prunable weights", xlim=(0, 100), ylim=(len(layers) - 0.5, -0.5))
+    axis.tick_params(axis="y", labelsize=6)
+    axis.grid(alpha=0.3, axis="x")
+    figure.savefig(Path(directory) / LAYERS_PLOT_NAME, dpi=120)
+
+
+def _metric_points(log: list[dict], name: str) -> list[tuple[int, float]]:
+    keys = (f"eval_{name}", f"before_prune_{name}", f"after_prune_{name}")
+    return [(entry["step"], entry[key]) for entry in log for key in keys if key in entry]

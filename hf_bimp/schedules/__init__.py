@@ -1,0 +1,1 @@
+"""When to prune and at which learning rate: plain numbers."""

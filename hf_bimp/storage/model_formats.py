@@ -1,0 +1,121 @@
+"""The file formats of the libraries that models come from: writing, building and loading a model in each.
+
+Transformers writes its own files. For models of timm and segmentation-models-pytorch a `config.json` is written beside
+the weights; any other module leaves a plain state dict.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .files import write_json
+
+
+def library_of(model: nn.Module) -> str | None:
+    """transformers, timm or segmentation_models_pytorch; None for a module of the user's own."""
+    if isinstance(model, PreTrainedModel):
+        return "transformers"
+    if type(model).__module__.startswith("segmentation_models_pytorch."):
+        return "segmentation_models_pytorch"
+    # timm gives every model that its registry builds, ours too, the configuration that it was built from.
+    return "timm" if "architecture" in (vars(model).get("pretrained_cfg") or {}) else None
+
+
+class _Config(dict):
+    """A dict that takes attributes."""
+
+
+def let_trainer_configure(model: nn.Module | None) -> None:
+    """Trainer sets attributes on `model.config`, which segmentation-models-pytorch has as a plain dict."""
+    if model is not None and library_of(model) == "segmentation_models_pytorch":
+        model._hub_mixin_config = _Config(model.config)  # what model.config gives; it cannot be set itself
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether the architecture is one of `hf_bimp.models`, which timm does not know by itself."""
+    return type(model).__module__.startswith("hf_bimp.")
+
+
+def write_config(model: nn.Module, directory: Path) -> dict[str, str] | None:
+    """Writes the architecture in its library's own format; what `build` needs beside it, None for other modules."""
+    library, name = library_of(model), type(model).__name__
+    if library == "transformers" and type(model).__module__.startswith("transformers."):
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+        return {"library": library, "name": name}
+    if library == "segmentation_models_pytorch":
+        write_json(directory / CONFIG_NAME, {"_model_class": name, **model.config})
+        return {"library": library, "name": name}
+    if library == "timm":
+        from timm.models._hub import save_config_for_hf  # what its public save_for_hf writes beside the weights
+
+        save_config_for_hf(model, str(directory / CONFIG_NAME))
+        return {"library": library, "name": model.pretrained_cfg["architecture"]}
+    return None
+
+
+def build(origin: dict[str, str], directory: Path) -> nn.Module:
+    """The architecture that `write_config` left in `directory`, with random weights; `origin` is what it returned."""
+    with torch.random.fork_rng(devices=[]):
+        if origin["library"] == "transformers":
+            model = getattr(transformers, origin["name"])(transformers.AutoConfig.from_pretrained(directory))
+            if (directory / GENERATION_CONFIG_NAME).is_file():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+            return model
+        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        if origin["library"] == "segmentation_models_pytorch":
+            import segmentation_models_pytorch
+
+            arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+            arguments["encoder_weights"] = None  # nothing to download: all weights are replaced
+            return getattr(segmentation_models_pytorch, origin["name"])(**arguments)
+        import timm
+
+        from .. import models  # noqa: F401  registers the CIFAR models
+
+        return timm.create_model(origin["name"], pretrained=False, **config.get("model_args", {}))
+
+
+def weights_trainer_misses(model: nn.Module, checkpoint: str) -> dict[str, Tensor] | None:
+    """The state dict of a saved model that `Trainer` would not load when it resumes; None where it does.
+
+    Transformers writes some models (Segformer) under the names that the Hub knows. `from_pretrained` translates them
+    back, but `Trainer` warns of missing keys and goes on with the weights that it was given. Models of
+    segmentation-models-pytorch do not take the arguments with which it loads.
+    """
+    if library_of(model) == "segmentation_models_pytorch":
+        return load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
+    if not isinstance(model, PreTrainedModel):
+        return None
+    index = Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    else:
+        with safe_open(Path(checkpoint) / SAFE_WEIGHTS_NAME, "pt") as file:
+            names = set(file.keys())
+    if names <= model.state_dict().keys():
+        return None
+    return type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype).state_dict()
+
+
+def loading_code(model: nn.Module, where: str) -> str:
+    """Python that loads the saved model from `where`, a folder or a Hub id."""
+    library, name = library_of(model), type(model).__name__
+    if library == "transformers":
+        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{where}")'
+    if library == "segmentation_models_pytorch":
+        load = f'smp.from_pretrained("{where}", encoder_weights=None)'  # else it would download the encoder's first
+        return f"import segmentation_models_pytorch as smp\n\nmodel = {load}"
+    if library == "timm":
+        scheme = "local-dir" if Path(where).exists() else "hf-hub"
+        registers = "\n\nimport hf_bimp.models  # registers this architecture with timm" if is_own(model) else ""
+        return f'import timm{registers}\n\nmodel = timm.create_model("{scheme}:{where}", pretrained=True)'
+    return 'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("model.safetensors"))'

@@ -1,0 +1,128 @@
+"""What a run leaves beside the weights: `bimp_state.json` with every save, the masks with every checkpoint."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+
+from ..schedules.dense_history import DenseHistory
+from .files import write_json
+
+STATE_NAME = "bimp_state.json"
+MASKS_NAME = "bimp_masks.safetensors"
+METHOD_NAME = "bimp_method.safetensors"
+
+logger = logging.get_logger(__name__)
+
+
+def write_state(
+    directory: str,
+    settings: dict,
+    progress: dict,
+    history: DenseHistory | None,
+    num_processes: int,
+    has_tensors: bool,
+) -> None:
+    """Writes `settings` (what a resumed run must share), `progress`, and the dense history if there is one yet."""
+    state = {
+        "settings": settings,
+        "progress": progress,
+        "num_processes": num_processes,
+        "has_tensors": has_tensors,
+        "dense_history": None if history is None else asdict(history),
+    }
+    write_json(Path(directory) / STATE_NAME, state)
+
+
+def write_tensors(directory: str, tensors: dict[str, Tensor]) -> None:
+    """Writes what the method has beside the model's weights; no file where that is nothing."""
+    path = Path(directory) / METHOD_NAME
+    path.unlink(missing_ok=True)  # of a run that was here before
+    if tensors:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(directory: str, device: torch.device) -> dict[str, Tensor]:
+    path = Path(directory) / METHOD_NAME
+    return {name: tensor.to(device) for name, tensor in load_file(path).items()} if path.is_file() else {}
+
+
+def read_state(checkpoint: str) -> dict:
+    """The state of a checkpoint to resume from. Raises `ValueError` where it is none of hf_bimp's."""
+    path, masks = Path(checkpoint) / STATE_NAME, Path(checkpoint) / MASKS_NAME
+    if not (path.is_file() and masks.is_file()):
+        raise ValueError(
+            f"{checkpoint} cannot be resumed: it lacks {STATE_NAME} or {MASKS_NAME}. Checkpoints of hf_bimp hold both "
+            "unless save_only_model=True. Start afresh in another output_dir."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_same_settings(checkpoint: str, saved: dict, current: dict) -> None:
+    """Raises `ValueError` where a checkpoint belongs to a run with another plan."""
+    before_the_choice = {"granularity": "weight", "allocation": "global", "criterion": "magnitude"}
+    saved, current = before_the_choice | json.loads(json.dumps(saved)), json.loads(json.dumps(current))
+    differences = [f"{k}: {saved.get(k)} there, {current[k]} now" for k in current if saved.get(k) != current[k]]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} was written under another plan, so it cannot be resumed under this one. "
+            f"{'; '.join(differences)}. Resume with the same arguments, or choose another output_dir."
+        )
+
+
+def find_dense_history(name_or_path: str) -> DenseHistory | None:
+    """The dense history beside the weights in a local folder or a Hub repository, if hf_bimp left one there."""
+    if not name_or_path:
+        return None
+    try:
+        path = cached_file(
+            name_or_path,
+            STATE_NAME,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:  # a folder that has moved since, or a repository that is gone
+        logger.warning(f"No dense history can be read from {name_or_path}: {error}")
+        return None
+    history = path and json.loads(Path(path).read_text(encoding="utf-8"))["dense_history"]
+    return DenseHistory(**history) if history else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether saving got to its end: the trainer's state, written last, is whole, and every process left its own."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        processes = state["num_processes"]
+    except (OSError, ValueError, KeyError):
+        return False
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    names += [METHOD_NAME] if state.get("has_tensors") else []
+    names += [MASKS_NAME, OPTIMIZER_NAME]  # a folder that was being deleted may lack any of its files
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return all((checkpoint / n).is_file() for n in names) and any((checkpoint / n).is_file() for n in weights)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was saved to its end; says which ones it passes over."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = [f for f in Path(output_dir).glob(f"{prefix}*") if f.is_dir() and f.name[len(prefix) :].isdigit()]
+    for folder in sorted(folders, key=lambda f: int(f.name[len(prefix) :]), reverse=True):
+        if is_complete(folder):
+            return os.fspath(folder)
+        logger.warning(f"{folder} was not saved to its end and is passed over; resuming from the one before it.")
+    return None
+
+
+def forget_completion(directory: str) -> None:
+    """Drops the mark of completeness before a checkpoint folder is written anew, in case that is cut off."""
+    if Path(directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        (Path(directory) / TRAINER_STATE_NAME).unlink(missing_ok=True)

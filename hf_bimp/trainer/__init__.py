@@ -1,0 +1,1 @@
+"""Everything that ties a run to `transformers.Trainer`."""
