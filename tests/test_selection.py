@@ -67,7 +67,7 @@ def test_exactly_the_smallest_in_the_order_of_ties(
 ) -> None:
     masks, pruned = Masks(weights), set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_bimp.selection, "CHUNK", chunk)
+        patch.setattr(hf_bimp.pruning.ranking, "CHUNK", chunk)
         for sparsity in sorted(steps):
             before = entries(weights)
             ordered = sorted(before, key=lambda entry: ((entry[1], entry[2]) not in pruned, *entry))
@@ -99,7 +99,7 @@ def test_the_weights_are_only_read(weights: dict[str, torch.nn.Parameter], spars
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_weights_as_numpy_partitions_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_bimp.selection, "CHUNK", 1000)
+    monkeypatch.setattr(hf_bimp.pruning.ranking, "CHUNK", 1000)
     torch.manual_seed(0)
     weights = {name: torch.nn.Parameter(torch.randn(50, 77).to(dtype)) for name in "abc"}
     flat = np.concatenate([w.detach().float().numpy().ravel() for w in weights.values()])
