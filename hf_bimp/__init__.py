@@ -1,33 +1,53 @@
 """Sparse models out of Hugging Face training scripts: iterative magnitude pruning in one training budget (BIMP)."""
 
-from .arguments import BIMPArguments, BIMPSeq2SeqArguments
-from .methods import IterativeMagnitudePruning, LayerCollapseError, Pruning
+from .arguments import BIMPArguments, BIMPArgumentsMixin, BIMPSeq2SeqArguments
+from .methods import (
+    BIMPConfig,
+    IterativeMagnitudePruning,
+    LayerCollapseError,
+    Method,
+    Pruning,
+    Run,
+    Traits,
+    register_method,
+)
 from .pruning.build import make_masks
-from .pruning.layers import find_prunable
+from .pruning.criteria import register_criterion
+from .pruning.layers import LayerInfo, find_prunable
 from .pruning.masks import Masks
 from .pruning.structured.shrink import load_shrunk, save_shrunk, shrink
 from .reporting.flops import theoretical_speedup
 from .schedules.dense_history import DenseHistory
-from .schedules.plan import Plan, make_plan
-from .trainer.mixin import BIMPSeq2SeqTrainer, BIMPTrainer
+from .schedules.plan import Budget, Plan, make_plan
+from .trainer import BIMPMixin, BIMPSeq2SeqTrainer, BIMPTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BIMPArguments",
+    "BIMPArgumentsMixin",
+    "BIMPConfig",
+    "BIMPMixin",
     "BIMPSeq2SeqArguments",
     "BIMPSeq2SeqTrainer",
     "BIMPTrainer",
+    "Budget",
     "DenseHistory",
     "IterativeMagnitudePruning",
     "LayerCollapseError",
+    "LayerInfo",
     "Masks",
+    "Method",
     "Plan",
     "Pruning",
+    "Run",
+    "Traits",
     "find_prunable",
     "load_shrunk",
     "make_masks",
     "make_plan",
+    "register_criterion",
+    "register_method",
     "save_shrunk",
     "shrink",
     "theoretical_speedup",

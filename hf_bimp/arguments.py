@@ -1,50 +1,54 @@
-"""Every knob of a BIMP run, as `TrainingArguments` with more fields."""
+"""Every argument of a run, as `TrainingArguments` with more fields."""
 
+import json
 import os
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
-from .methods import METHODS
-from .methods.imp import IMPArguments
+from .methods import METHODS, BIMPConfig, Method, make_config, method_named, setting_names
+from .methods.cs import CSConfig
+from .methods.dpf import DPFConfig
+from .methods.dst import DSTConfig
+from .methods.gmp import GMPConfig
+from .methods.str import STRConfig
 from .pruning.allocation import ALLOCATIONS
-from .pruning.granularity import check_rule
-from .schedules.plan import check_goal
+from .pruning.granularity import check_rule, kind_of, parse_n_of_m
+from .schedules.plan import Budget, check_goal
+from .support import TESTED_OPTIMIZERS, check_optimizer_name, check_scheduler_type, check_sharding
 
-KNOBS = tuple(dict.fromkeys(method.Arguments for method in METHODS.values()))
+__all__ = ["TESTED_OPTIMIZERS", "BIMPArguments", "BIMPArgumentsMixin", "BIMPSeq2SeqArguments"]
+
+# Their fields are arguments of their own; the settings of all other methods come as `method_config`.
+FLAT_CONFIGS = (BIMPConfig, GMPConfig, DPFConfig, CSConfig, STRConfig, DSTConfig)
 ON_COLLAPSE = ("warn", "raise")
-# What torch and transformers alone provide on any device. Each is tested to leave pruned weights at zero.
-TESTED_OPTIMIZERS = (
-    OptimizerNames.ADAMW_TORCH,
-    OptimizerNames.ADAMW_TORCH_FUSED,
-    OptimizerNames.ADAFACTOR,
-    OptimizerNames.SGD,
-    OptimizerNames.ADAGRAD,
-    OptimizerNames.RMSPROP,
-)
-# They wait for a metric, so that the rate of a step is unknown until it comes.
-METRIC_DRIVEN_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 @dataclass
-class BIMPArguments(*KNOBS, TrainingArguments):
-    """`TrainingArguments` of one budgeted run, by BIMP or by another method; the knobs of each lie in its own file.
+class BIMPArgumentsMixin(*FLAT_CONFIGS):
+    """The arguments of one budgeted run, to put before any subclass of `TrainingArguments`.
 
     `num_train_epochs` or `max_steps` give the whole budget T. `learning_rate`, `lr_scheduler_type`, `warmup_steps` and
     `lr_scheduler_kwargs` describe the dense phase, over its own T0 steps; for the methods without one, all steps but
     those of `finetune_ratio`. Raises `ValueError` for values that cannot work or do not go together.
+
+        @dataclass
+        class SparseSFTConfig(BIMPArgumentsMixin, SFTConfig): ...
     """
 
     method: str = field(
         default="bimp",
         metadata={
             "help": "'bimp' trains, prunes and retrains; 'dense' only trains, and records the history that later runs "
-            "with dense_ratio=0 need; the others are the pruning-stable methods that BIMP is compared with.",
-            "choices": tuple(METHODS),
+            "with dense_ratio=0 need; the others, and those that you register, train through their prunings."
         },
+    )
+    method_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Settings of a method that has no arguments of its own, such as '{\"interval\": 50}'."},
     )
     target_sparsity: float | None = field(
         default=None,
@@ -59,13 +63,31 @@ class BIMPArguments(*KNOBS, TrainingArguments):
             "last learning rate of its schedule. The paper: 30 epochs after 200."
         },
     )
+    granularity: str = field(
+        default="weight",
+        metadata={
+            "help": "What is removed: 'weight'; 'filter' (whole output filters, the same share of each layer's, by "
+            "their L2 norm); or 'n:m' such as 2:4 (of m consecutive inputs n stay, so the sparsity is 1 - n/m)."
+        },
+    )
     allocation: str | None = field(
         default=None,
         metadata={
-            "help": "How pruned weights spread over the layers; by default one global threshold. Filters and n:m go "
-            "by the same share of every layer instead.",
+            "help": "How pruned weights spread over the layers; by default one global threshold (erk for rigl). "
+            "Filters and n:m go by the same share of every layer instead.",
             "choices": ALLOCATIONS,
         },
+    )
+    criterion: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which weights or filters go: those of the smallest 'magnitude' (the default of most methods), "
+            "'taylor' score or 'movement', 'random' ones, or by a criterion that you register."
+        },
+    )
+    keep_zeros: bool = field(
+        default=False,
+        metadata={"help": "The model is sparse already: its zeros stay zero, and its sparsity is S_0."},
     )
     on_collapse: str = field(
         default="warn",
@@ -98,77 +120,146 @@ class BIMPArguments(*KNOBS, TrainingArguments):
             # Without it Transformers would train one model in each of torchrun's CPU processes, unaware of the others.
             self.use_cpu = True
         super().__post_init__()
+        if isinstance(self.method_config, str):
+            self.method_config = _mapping(self.method_config)
+        self.target_sparsity = self.goal
         self.validate()
+
+    # ---- What they say together ----
+
+    @property
+    def method_class(self) -> type[Method]:
+        return method_named(self.method)
+
+    @property
+    def method_settings(self) -> Any:
+        """The `Config` of the chosen method."""
+        method = self.method_class
+        if method.Config in FLAT_CONFIGS:
+            return method.Config(**{name: getattr(self, name) for name in setting_names(method)})
+        return make_config(method, self.method_config or {})
+
+    @property
+    def goal(self) -> float | None:
+        """The sparsity to reach: n:m fixes it."""
+        pattern = parse_n_of_m(self.granularity)
+        if pattern is None or self.target_sparsity is not None:
+            return self.target_sparsity
+        return 1 - pattern[0] / pattern[1] if self.method_class.prunes(self.method_settings) else None
+
+    @property
+    def resolved_allocation(self) -> str:
+        if kind_of(self.granularity) != "weight":
+            return "uniform"
+        return self.allocation or next(iter(self.method_class.traits.allocations), "global")
+
+    @property
+    def resolved_criterion(self) -> str:
+        return self.criterion or (self.method_class.traits.criteria or ("magnitude",))[0]
+
+    def budget(self, total_steps: int | None = None, initial_sparsity: float = 0.0) -> Budget:
+        return Budget(total_steps, self.goal, initial_sparsity, self.keep_zeros, self.finetune_ratio)
+
+    # ---- Whether they work ----
 
     def validate(self) -> None:
         """Checked again when the plan is made: hyperparameter search sets fields without `__post_init__`."""
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is none of {', '.join(METHODS)}.")
-        self._refuse_foreign_knobs()
-        check_rule(self.granularity, self.allocation, self.criterion)
+        method = self.method_class
+        self._refuse_foreign_settings()
+        check_rule(self.granularity, self.allocation, self.resolved_criterion)
         if self.on_collapse not in ON_COLLAPSE:
             raise ValueError(f"on_collapse={self.on_collapse!r} is none of {', '.join(ON_COLLAPSE)}.")
-        METHODS[self.method].check(self)
-        if METHODS[self.method].Arguments is not IMPArguments:
-            self._validate_pruning_stable()
-        self._validate_dense_phase()
-        self._validate_setup()
+        settings = self.method_settings
+        self._check_goal(settings)
+        method.check(settings, self.budget())
+        self._check_traits()
+        self._check_schedule(settings)
+        check_optimizer_name(self.optim)
+        check_sharding(bool(self.fsdp), self.deepspeed is not None)
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size starts over with the weights as they are, after a pruning even. Set "
+                "per_device_train_batch_size (and gradient_accumulation_steps) instead."
+            )
 
-    @property
-    def knobs(self) -> dict:
-        """The fields of the chosen method alone."""
-        return {knob.name: getattr(self, knob.name) for knob in fields(METHODS[self.method].Arguments)}
-
-    def _refuse_foreign_knobs(self) -> None:
-        own = self.knobs
-        for knob in {knob.name: knob for arguments in KNOBS for knob in fields(arguments)}.values():
-            if knob.name not in own and getattr(self, knob.name) != knob.default:
-                owners = [name for name, m in METHODS.items() if knob.name in {k.name for k in fields(m.Arguments)}]
+    def _refuse_foreign_settings(self) -> None:
+        config = self.method_class.Config
+        own = setting_names(self.method_class) if config in FLAT_CONFIGS else ()
+        for setting in {setting.name: setting for flat in FLAT_CONFIGS for setting in fields(flat)}.values():
+            if setting.name not in own and getattr(self, setting.name) != setting.default:
+                owners = [
+                    name
+                    for name, m in METHODS.items()
+                    if m.Config in FLAT_CONFIGS and setting.name in setting_names(m)
+                ]
                 raise ValueError(
-                    f"{knob.name}={getattr(self, knob.name)!r} is an argument of {', '.join(owners)}, not of "
-                    f"method={self.method!r}. Leave it out (its default is {knob.default!r})."
+                    f"{setting.name}={getattr(self, setting.name)!r} is an argument of {', '.join(owners)}, not of "
+                    f"method={self.method!r}. Leave it out (its default is {setting.default!r})."
                 )
-        if self.finetune_ratio and self.method in ("bimp", "dense"):
+        if self.method_config and config in FLAT_CONFIGS:
+            raise ValueError(
+                f"method_config={self.method_config!r}: the settings of method={self.method!r} are arguments of their "
+                f"own: {', '.join(own)}."
+            )
+
+    def _check_goal(self, settings: Any) -> None:
+        pattern = parse_n_of_m(self.granularity)
+        fixed = 1 - pattern[0] / pattern[1] if pattern else None
+        if self.method_class.traits.finds_sparsity and self.target_sparsity is not None:
+            raise ValueError(
+                f"method={self.method!r} finds its own sparsity, by {', '.join(setting_names(self.method_class))} and "
+                f"weight_decay: leave target_sparsity={self.target_sparsity} out."
+            )
+        if not self.method_class.prunes(settings):
+            return
+        check_goal(self.goal)
+        if fixed is not None and abs(self.goal - fixed) > 1e-9:
+            raise ValueError(
+                f"granularity={self.granularity!r} fixes the sparsity at {fixed:.4g}: leave target_sparsity out "
+                f"(given: {self.target_sparsity})."
+            )
+
+    def _check_traits(self) -> None:
+        traits = self.method_class.traits
+        self._check_among("granularity", kind_of(self.granularity), traits.granularities)
+        if self.allocation is not None:
+            self._check_among("allocation", self.allocation, traits.allocations)
+        if traits.criteria is not None:
+            self._check_among("criterion", self.resolved_criterion, traits.criteria)
+        if self.keep_zeros and not traits.keeps_zeros:
+            raise ValueError(
+                f"keep_zeros=True does not go with method={self.method!r}, which chooses its zeros anew. Leave it "
+                "out, or use method='bimp'."
+            )
+        if self.finetune_ratio and traits.has_dense_phase:
             raise ValueError(
                 f"finetune_ratio={self.finetune_ratio} comes after a pruning-stable method; method={self.method!r} "
                 "retrains by retrain_schedule ('ft' for fine-tuning). Leave it out."
             )
-
-    def _validate_pruning_stable(self) -> None:
-        method = METHODS[self.method]
-        if method.implicit_sparsity and self.target_sparsity is not None:
-            raise ValueError(
-                f"method={self.method!r} finds its own sparsity, by {', '.join(self.knobs)} and weight_decay: leave "
-                f"target_sparsity={self.target_sparsity} out."
-            )
-        if not method.implicit_sparsity:
-            check_goal(self.target_sparsity)
-        if self.allocation is not None and self.allocation not in method.allocations:
-            raise ValueError(
-                f"allocation={self.allocation!r} does not go with method={self.method!r}"
-                f" (allowed: {', '.join(method.allocations) or 'none'}). Leave it out."
-            )
         if not 0 <= self.finetune_ratio < 1:
             raise ValueError(f"finetune_ratio={self.finetune_ratio} must lie in [0, 1): it is a share of the budget.")
-        if method.needs_weight_decay and not self.weight_decay > 0:
+        if traits.needs_weight_decay and not self.weight_decay > 0:
             raise ValueError(
                 f"method={self.method!r} works by weight decay: set weight_decay, such as 5e-4 (given: "
                 f"{self.weight_decay})."
             )
-        if self.fp16 and not method.works_with_fp16:
+        if self.fp16 and not traits.works_with_fp16:
             raise ValueError(
                 f"method={self.method!r} ranks gradients or adds to them, and those of fp16 are scaled and, now and "
                 "then, infinite. Use bf16."
             )
 
-    def _validate_dense_phase(self) -> None:
+    def _check_among(self, argument: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise ValueError(
+                f"{argument}={value!r} does not go with method={self.method!r}"
+                f" (allowed: {', '.join(allowed) or 'none'}). Leave it out."
+            )
+
+    def _check_schedule(self, settings: Any) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
-        if self.lr_scheduler_type in METRIC_DRIVEN_SCHEDULERS:
-            raise ValueError(
-                f"lr_scheduler_type={str(self.lr_scheduler_type.value)!r} follows a metric, so the dense schedule "
-                "that retraining refers to is not known in advance. Use linear, cosine, constant_with_warmup, ..."
-            )
+        check_scheduler_type(self.lr_scheduler_type)
         if self.lr_milestones is not None:
             if not self.lr_milestones or not all(0 < milestone < 1 for milestone in self.lr_milestones):
                 raise ValueError(f"lr_milestones={self.lr_milestones} must be fractions of the dense phase in (0, 1).")
@@ -179,23 +270,29 @@ class BIMPArguments(*KNOBS, TrainingArguments):
                 )
         if not self.lr_gamma > 0:
             raise ValueError(f"lr_gamma={self.lr_gamma} must be positive.")
+        own = self.method_class.dense_schedule(settings)
+        if own is not None and (
+            self.lr_scheduler_type != SchedulerType.LINEAR or (self.lr_milestones and "lr_milestones" not in own)
+        ):
+            raise ValueError(
+                f"method={self.method!r} has a learning rate of its own, by {settings}: leave lr_scheduler_type out "
+                f"(given: {self.lr_scheduler_type.value}), and lr_milestones where its schedule is not stepped."
+            )
 
-    def _validate_setup(self) -> None:
-        if self.optim not in TESTED_OPTIMIZERS:
-            raise ValueError(
-                f"optim={OptimizerNames(self.optim).value!r} is not tested to keep pruned weights at zero. "
-                f"Tested are: {', '.join(optimizer.value for optimizer in TESTED_OPTIMIZERS)}."
-            )
-        if self.deepspeed is not None or self.fsdp:
-            raise ValueError(
-                "DeepSpeed and FSDP are not supported: they keep or shard weights where a mask would not reach "
-                "them. Use DDP (torchrun or accelerate launch with several processes)."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size starts over with the weights as they are, after a pruning even. Set "
-                "per_device_train_batch_size (and gradient_accumulation_steps) instead."
-            )
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"method_config={text!r} is no JSON ({error}), such as '{{\"interval\": 50}}'.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"method_config={text!r} must be a mapping, such as '{{\"interval\": 50}}'.")
+    return mapping
+
+
+@dataclass
+class BIMPArguments(BIMPArgumentsMixin, TrainingArguments):
+    __doc__ = BIMPArgumentsMixin.__doc__
 
 
 @dataclass

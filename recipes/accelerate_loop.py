@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_bimp import DenseHistory, IterativeMagnitudePruning, Masks, find_prunable, make_plan
+from hf_bimp import BIMPConfig, DenseHistory, IterativeMagnitudePruning, Masks, Run, find_prunable, make_plan
 
 LEARNING_RATE, WARMUP_STEPS = 2e-3, 20
 
@@ -65,7 +65,7 @@ def main() -> None:
     plan = make_plan(steps, args.target_sparsity, args.num_cycles, dense_ratio=0.5)
     masks = Masks(find_prunable(accelerator.unwrap_model(model)).weights)
     dense = DenseHistory(plan.dense_steps, LEARNING_RATE, "linear", WARMUP_STEPS).rates()
-    method = IterativeMagnitudePruning(plan, masks, eta_1=dense.peak, dense=dense, retrain_schedule="allr")
+    method = IterativeMagnitudePruning(Run(plan, masks, dense), BIMPConfig(retrain_schedule="allr"))
 
     def report(event: str) -> None:
         score = accuracy(accelerator, model, test_loader)

@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import sys
-from dataclasses import fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,12 +27,11 @@ from comparison.jobs import ERROR_NAME, Job, combinations, do_run, forget_failur
 from comparison.study import Entry, Study
 from comparison.table import row, write_all
 from comparison.tuning import Search, choose
-from hf_bimp.arguments import KNOBS
-from hf_bimp.methods import METHODS
+from hf_bimp.methods import METHODS, setting_names
 from shared.cli import CONFIGS, parse_config, read_config
 
 DEFAULT_CONFIG = CONFIGS / "compare_digits.yaml"
-ALL_KNOBS = {knob.name for arguments in KNOBS for knob in fields(arguments)}
+ALL_KNOBS = {name for method in METHODS.values() for name in setting_names(method)}
 UNSAVED = {"eval_strategy": "no", "save_strategy": "no", "evaluate_prunings": False}  # trials of a grid
 
 
@@ -65,7 +63,7 @@ class Comparison:
 
     def config(self, entry: Entry, goal: float, seed: int, params: dict) -> dict:
         """The recipe's configuration of one run: the base's without what belongs to other methods."""
-        own = {knob.name for knob in fields(METHODS[entry.method].Arguments)}
+        own = set(setting_names(METHODS[entry.method]))
         base = {key: value for key, value in self.base.items() if key in own or key not in ALL_KNOBS}
         base.pop("target_sparsity", None)
         sparsity = {} if entry.is_implicit else {"target_sparsity": goal}

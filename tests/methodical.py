@@ -1,13 +1,13 @@
 """A method in a loop of one's own, on two small weights and a quadratic loss, for the tests of its definition."""
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
-from hf_bimp import Masks, Plan
+from hf_bimp import Budget, Masks, Run
 from hf_bimp.methods import METHODS, Method
+from hf_bimp.pruning.granularity import WeightRule
 from hf_bimp.schedules.retraining import DenseRates
 
 SHAPES = {"a": (6, 5), "b": (4, 3, 2)}
@@ -53,11 +53,10 @@ def make(
     **knobs,
 ) -> Method:
     method = METHODS[name]
-    knobs = {knob.name: knob.default for knob in fields(method.Arguments)} | knobs
-    own = steps - finetune_steps
-    times, sparsities = method.prunings(own, None if method.implicit_sparsity else goal, **knobs)
-    plan = Plan(steps, times, sparsities, schedule_steps=own)
-    return method(plan, Masks(weights), DenseRates(rates or [1.0] * own), **knobs)
+    config = method.Config(**knobs)
+    budget = Budget(steps, None if method.traits.finds_sparsity else goal, finetune_ratio=finetune_steps / steps)
+    plan, rule = method.make_plan(budget, config), WeightRule(criterion=(method.traits.criteria or ["magnitude"])[0])
+    return method(Run(plan, Masks(weights, rule), DenseRates(rates or [1.0] * plan.schedule_steps)), config)
 
 
 def step(method: Method, optimizer: torch.optim.Optimizer, t: int, loss: Quadratic) -> None:

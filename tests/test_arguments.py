@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_bimp import BIMPArguments, BIMPSeq2SeqArguments
 from hf_bimp.arguments import TESTED_OPTIMIZERS
-from hf_bimp.trainer.checks import check_devices, check_model, check_optimizer, check_scheduler
+from hf_bimp.support import check_devices, check_model, check_optimizer, check_scheduler, check_sharding
 from processes import output_of
 
 EVALUATED = {"eval_strategy": "epoch"}
@@ -210,18 +210,17 @@ def test_schedulers_by_hand() -> None:
         check_scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 1))
 
 
-@pytest.mark.parametrize(
-    ("devices", "said"),
-    [
-        ((2, False, False), "2 GPUs.*CUDA_VISIBLE_DEVICES=0"),
-        ((1, True, False), "FSDP.*DDP"),
-        ((0, False, True), "DeepSpeed.*DDP"),
-    ],
-)
-def test_devices(devices: tuple[int, bool, bool], said: str) -> None:
-    check_devices(0, False, False), check_devices(1, False, False)
-    with pytest.raises(ValueError, match=said):
-        check_devices(*devices)
+def test_several_gpus_in_one_process() -> None:
+    check_devices(0), check_devices(1)
+    with pytest.raises(ValueError, match="2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+        check_devices(2)
+
+
+@pytest.mark.parametrize("sharding", [(True, False), (False, True)])
+def test_sharding(sharding: tuple[bool, bool]) -> None:
+    check_sharding(False, False)
+    with pytest.raises(ValueError, match="DeepSpeed and FSDP.*DDP"):
+        check_sharding(*sharding)
 
 
 def test_adapters_are_refused() -> None:

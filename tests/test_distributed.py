@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from helpers import At, classification_items, classifier, matrices, run_arguments, tiny_t5, translation_items
 from hf_bimp import BIMPArguments, BIMPTrainer
+from method_table import PRUNING_STABLE, SHORT
 from processes import output_of
 
 STEPS, BOUNDARIES = 12, (4, 8)
@@ -20,16 +21,7 @@ MODELS = {"classifier": (classifier, classification_items), "t5": (tiny_t5, tran
 SCHEDULES = {"classifier": "acc_allr", "t5": "allr"}
 WHOLE = 40  # whole batches only: with two processes Accelerate repeats items to fill up the last one
 RAGGED = 37  # the last batch of an epoch is smaller, and accumulates fewer micro-batches
-METHODS: dict[str, dict] = {
-    "gmp": {"num_prunings": 2},
-    "gsm": {"weight_decay": 0.1},
-    "lc": {"weight_decay": 0.1},
-    "dpf": {"num_prunings": 2, "dpf_interval": 2},
-    "dnw": {},
-    "cs": {"target_sparsity": None, "cs_penalty": 1e-3},
-    "str": {"target_sparsity": None, "str_initial_threshold": -3.0, "weight_decay": 0.1},
-    "dst": {"target_sparsity": None, "dst_penalty": 0.02},
-}
+METHODS = {name: SHORT[name] for name in PRUNING_STABLE}
 TASKS = {  # of two processes: model, batch of each process, accumulation
     "classifier": ("classifier", 4, 1),
     "t5": ("t5", 4, 1),

@@ -12,22 +12,12 @@ from transformers import T5ForConditionalGeneration
 from helpers import At, classification_items, classifier, matrices, snapshot, sparsity, tiny_t5, translation_items
 from hf_bimp import BIMPTrainer
 from hf_bimp.methods import METHODS
+from method_table import GOAL, SPARSE_EARLY
+from method_table import SHORT as TABLE
 from trainers import assert_same_tensors, make_trainer
 
-STEPS, GOAL = 12, 0.75
-TABLE: dict[str, dict] = {
-    "bimp": {"target_sparsity": GOAL, "num_cycles": 2},
-    "gmp": {"target_sparsity": GOAL, "num_prunings": 3},
-    "gsm": {"target_sparsity": GOAL, "weight_decay": 0.1},
-    "lc": {"target_sparsity": GOAL, "weight_decay": 0.1},
-    "dpf": {"target_sparsity": GOAL, "num_prunings": 3, "dpf_interval": 2},
-    "dnw": {"target_sparsity": GOAL},
-    "cs": {"cs_initial_mask": 0.01, "cs_penalty": 1e-3},
-    "str": {"str_initial_threshold": -3.0, "weight_decay": 0.1},
-    "dst": {"dst_penalty": 0.02},
-}
-EXACT = [name for name in TABLE if not METHODS[name].implicit_sparsity]
-SPARSE_EARLY = ["gmp", "dpf", "dnw", "str", "dst"]  # sparse in the middle of a run too
+STEPS = 12
+EXACT = [name for name in TABLE if not METHODS[name].traits.finds_sparsity]
 OPTIMIZERS = {
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1},
     "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
@@ -41,10 +31,6 @@ def trainer_of(method: str, output_dir: Path, optimizer: str = "sgd", **changes)
 
 def losses(trainer: BIMPTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_table_is_complete() -> None:
-    assert TABLE.keys() == METHODS.keys() - {"dense"}
 
 
 @pytest.mark.parametrize("method", TABLE)
@@ -128,7 +114,8 @@ def test_t5_loads_without_the_library(tmp_path, method) -> None:
         loaded, report = T5ForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values())
         assert_same_tensors(dict(loaded.state_dict()), load_all(loaded, folder))
-    assert sparsity(loaded) <= sparsity(trainer.model)
+    # What RigL has just grown is zero still.
+    assert sparsity(loaded) <= sparsity(trainer.model) or method == "rigl"
     assert_same_tensors(
         T5ForConditionalGeneration.from_pretrained(tmp_path).state_dict(), dict(trainer.model.state_dict())
     )

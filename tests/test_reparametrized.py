@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_bimp import Masks, Plan, find_prunable
+from hf_bimp import Budget, Masks, Run, find_prunable
 from hf_bimp.methods import METHODS
-from hf_bimp.pruning.layers import output_dims
+from hf_bimp.pruning.layers import layer_infos
 from hf_bimp.schedules.retraining import DenseRates
 from methodical import DECAY, RATE, SHAPES, SIZE, Quadratic, flat, make, sgd, step, train, weights_of
 
@@ -190,14 +190,9 @@ def test_thresholds_of_dst_count_the_outputs_of_every_kind_of_layer():
             self.up, self.gpt = nn.ConvTranspose2d(4, 7, 3), Conv1D(9, 5)
 
     model = Layers()
-    weights = find_prunable(model).weights
-    method = METHODS["dst"](
-        Plan(4, (4,), (None,), schedule_steps=4),
-        Masks(weights),
-        DenseRates([1.0] * 4),
-        output_dims(model),
-        dst_penalty=0.1,
-    )
+    masks, dst = Masks(find_prunable(model).weights), METHODS["dst"]
+    config = dst.Config(dst_penalty=0.1)
+    method = dst(Run(dst.make_plan(Budget(4), config), masks, DenseRates([1.0] * 4), layer_infos(model)), config)
     method.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     shapes = {name: tuple(extra.shape) for name, extra in method.extras.items()}
     assert shapes["linear.weight"] == (3, 1) and shapes["conv.weight"] == (6, 1, 1, 1)

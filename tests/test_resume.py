@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from helpers import At, classification_items, classifier, run_arguments, sparsity, tiny_t5, translation_items
 from hf_bimp import BIMPArguments, BIMPTrainer
+from method_table import PRUNING_STABLE, SHORT
 from processes import PATIENCE
 from trainers import assert_same_tensors
 
 # Children come from a server that has the libraries imported and no threads yet, so that starting one takes no time.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_bimp.trainer.mixin", "matplotlib.figure"])
+PROCESSES.set_forkserver_preload(["hf_bimp.trainer", "matplotlib.figure"])
 
 STEPS = 14  # in epochs of 4 or, with accumulation, of 3 steps: prunings and kills come in the middle of epochs
 BOUNDARIES = (6, 10)
@@ -75,16 +76,19 @@ SCENARIOS: dict[str, dict] = {
 }
 
 
-METHODS: dict[str, dict] = {
-    "gmp": {"target_sparsity": 0.8, "num_prunings": 4, "gmp_schedule": "cyclic"},
-    "gmp, hard": {"target_sparsity": 0.8, "num_prunings": 4, "gmp_hard": True, "optim": "sgd"},
-    "gsm": {"target_sparsity": 0.8, "weight_decay": 0.1, "optim": "sgd", "optim_args": "momentum=0.9"},
-    "lc": {"target_sparsity": 0.8, "weight_decay": 0.1},
-    "dpf": {"target_sparsity": 0.8, "num_prunings": 3, "dpf_interval": 3, "finetune_ratio": 0.25},
-    "dnw": {"target_sparsity": 0.8, "optim": "sgd", "optim_args": "momentum=0.9"},
-    "cs": {"cs_penalty": 1e-3, "cs_initial_mask": 0.02},
-    "str": {"str_initial_threshold": -3.0, "weight_decay": 0.1, "finetune_ratio": 0.25},
-    "dst": {"dst_penalty": 0.02, "optim": "sgd", "optim_args": "momentum=0.9"},
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
+# Each method's kinds of state beside the weights: values that wait, momentum, thresholds; some with fine-tuning.
+METHODS: dict[str, dict] = {name: SHORT[name] for name in PRUNING_STABLE} | {
+    "gmp": SHORT["gmp"] | {"gmp_schedule": "cyclic"},
+    "gmp, hard": SHORT["gmp"] | {"gmp_hard": True, "optim": "sgd"},
+    "gsm": SHORT["gsm"] | SGD,
+    "dpf": SHORT["dpf"] | {"dpf_interval": 3, "finetune_ratio": 0.25},
+    "dnw": SHORT["dnw"] | SGD,
+    "cs": SHORT["cs"] | {"cs_initial_mask": 0.02},
+    "str": SHORT["str"] | {"finetune_ratio": 0.25},
+    "dst": SHORT["dst"] | SGD,
+    "movement": SHORT["movement"] | {"finetune_ratio": 0.25},
+    "rigl": SHORT["rigl"] | SGD,
 }
 
 

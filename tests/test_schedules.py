@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import get_scheduler
 
-from hf_bimp import DenseHistory, IterativeMagnitudePruning, Masks, Plan, make_plan
+from hf_bimp import BIMPConfig, DenseHistory, IterativeMagnitudePruning, Masks, Plan, Run, make_plan
 from hf_bimp.schedules.retraining import RETRAIN_SCHEDULES
 from hf_bimp.trainer.lr_scheduler import PlannedScheduler
 
@@ -84,16 +85,14 @@ def accuracies() -> list[float]:
 
 def method(schedule: str, plan: Plan, history: DenseHistory | None, ratio: float | None = None):
     dense, measured = history and history.rates(), iter(accuracies())
-    return IterativeMagnitudePruning(
-        plan,
-        Masks(weights()),
-        eta_1=dense.peak if dense else 0.2,
-        dense=dense,
+    config = BIMPConfig(
         retrain_schedule=schedule,
-        tuned_rate=TUNED_RATE if schedule in TUNED else None,
-        warmup_ratio=ratio,
-        train_accuracy=lambda: next(measured),
+        retrain_learning_rate=TUNED_RATE if schedule in TUNED else None,
+        retrain_warmup_ratio=ratio,
     )
+    unit = 1.0 if dense else 0.2  # rates are multiples of it
+    run = Run(plan, Masks(weights()), dense, learning_rate=unit, train_accuracy=lambda: next(measured))
+    return IterativeMagnitudePruning(run, config)
 
 
 @pytest.mark.parametrize("schedule", RETRAIN_SCHEDULES)
@@ -153,7 +152,7 @@ def test_without_a_dense_history_the_impact_decides_alone(schedule: str) -> None
     record = run.prune(OPTIMIZER)
     assert record.d2 is None
     assert record.d1 == pytest.approx(0.3 / 0.8 if schedule == "acc_allr" else Reference().d1(0.8), abs=1e-9)
-    assert record.retrain_peak == pytest.approx(record.d1 * 0.2, abs=1e-12)
+    assert record.retrain_peak * run.run.learning_rate == pytest.approx(record.d1 * 0.2, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["ft", "lrw", "slr", "clr", "stepped", "allr_d2"])
@@ -166,7 +165,7 @@ def test_schedules_that_need_the_dense_history_say_so(schedule: str) -> None:
 def test_schedules_that_need_no_dense_history_run_without(schedule: str) -> None:
     run = method(schedule, make_plan(30, 0.8, 1, 0.0), None, 0.0)
     run.prune(OPTIMIZER)
-    assert run.rate(0) == pytest.approx(0.2 if schedule == "llr" else TUNED_RATE)
+    assert run.rate(0) * run.run.learning_rate == pytest.approx(0.2 if schedule == "llr" else TUNED_RATE)
 
 
 def test_rewinding_further_than_the_dense_phase_went_is_refused() -> None:
@@ -189,7 +188,7 @@ def test_a_retraining_longer_than_the_dense_phase_starts_from_the_largest_rate()
 
 def test_nothing_removed_of_nothing_has_no_impact() -> None:
     masks = Masks({"w": torch.nn.Parameter(torch.zeros(4, 4))})
-    run = IterativeMagnitudePruning(make_plan(10, 0.5, 1, 0.0), masks, eta_1=0.2)
+    run = IterativeMagnitudePruning(Run(make_plan(10, 0.5, 1, 0.0), masks))
     assert run.prune(OPTIMIZER).d1 == 0.0
 
 
@@ -201,7 +200,7 @@ def test_progress_comes_back_from_a_checkpoint() -> None:
     resumed.masks.pruned = {name: mask.clone() for name, mask in run.masks.pruned.items()}
     resumed.masks.mask_weights()
     after = iter(accuracies()[2:])  # the dense accuracy is not measured again
-    resumed.train_accuracy = lambda: next(after)
+    resumed.run = replace(resumed.run, train_accuracy=lambda: next(after))
     assert resumed.cycle == 1 and resumed.is_due(40) and not resumed.is_due(30)
     assert run.prune(OPTIMIZER) == resumed.prune(OPTIMIZER)
     assert [run.rate(step) for step in range(30, 50)] == [resumed.rate(step) for step in range(30, 50)]

@@ -134,7 +134,7 @@ def test_the_sample_is_the_same_every_time(sample) -> None:
 
 
 def test_held_out_images_depend_on_split_seed_alone(monkeypatch, sample) -> None:
-    monkeypatch.setattr("segmentation_data.pasted_digits", lambda: sample)
+    monkeypatch.setattr("shared.segmentation_data.pasted_digits", lambda: sample)
 
     def held_out(**kwargs) -> list[bytes]:
         data = load_segmentations(DataArguments(max_train_samples=50, max_test_samples=7, **kwargs))

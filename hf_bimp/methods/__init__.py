@@ -1,28 +1,30 @@
-"""Sparsification methods: each one a file, driven by plain values, without the trainer or its arguments."""
+"""Sparsification methods, a file each, driven by plain values without the trainer or its arguments.
 
-from .base import LayerCollapseError, Method, Pruning
-from .cs import ContinuousSparsification
-from .dnw import DiscoveringNeuralWirings
-from .dpf import DynamicPruningWithFeedback
-from .dst import DynamicSparseTraining
-from .gmp import GradualMagnitudePruning
-from .gsm import GlobalSparseMomentum
-from .imp import IterativeMagnitudePruning
-from .lc import LearningCompression
-from .str import SoftThreshold
+Every module of this folder is imported, so that a method is in once its file lies here.
+"""
 
-# What the argument `method` can be; "dense" is "bimp" without a pruning.
-METHODS: dict[str, type[Method]] = {
-    "bimp": IterativeMagnitudePruning,
-    "dense": IterativeMagnitudePruning,
-    "gmp": GradualMagnitudePruning,
-    "gsm": GlobalSparseMomentum,
-    "lc": LearningCompression,
-    "dpf": DynamicPruningWithFeedback,
-    "dnw": DiscoveringNeuralWirings,
-    "cs": ContinuousSparsification,
-    "str": SoftThreshold,
-    "dst": DynamicSparseTraining,
-}
+import importlib
+import pkgutil
 
-__all__ = ["METHODS", "IterativeMagnitudePruning", "LayerCollapseError", "Method", "Pruning"]
+from .base import LayerCollapseError, Method, NoConfig, Pruning, Run, Traits
+from .bimp import BIMPConfig, IterativeMagnitudePruning
+from .registry import METHODS, make_config, method_named, register_method, setting_names
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "METHODS",
+    "BIMPConfig",
+    "IterativeMagnitudePruning",
+    "LayerCollapseError",
+    "Method",
+    "NoConfig",
+    "Pruning",
+    "Run",
+    "Traits",
+    "make_config",
+    "method_named",
+    "register_method",
+    "setting_names",
+]

@@ -1,16 +1,58 @@
-"""What every method has: its place in a run, and the hooks that the trainer calls around each optimizer step."""
+"""The contract of a method: what it is given, what it promises, and the hooks around each optimizer step."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..pruning.allocation import ALLOCATIONS
+from ..pruning.layers import LayerInfo
 from ..pruning.masks import Masks
-from ..schedules.plan import Phase, Plan
+from ..schedules.plan import Budget, Phase, Plan
 from ..schedules.retraining import DenseRates
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a method sees of a run.
+
+    `plan`: when to prune and how far, as the method's own `make_plan` has it. `masks`: over the weights to prune.
+    `dense`: the learning rates of the first `plan.schedule_steps` steps, or of the dense training that the model had
+    before; None where that is not known. Rates are multiples of `learning_rate`, the optimizer's own. `layers`: what
+    each layer is, by the name of its weight. `train_accuracy` gives the model's accuracy on the training set as it is;
+    None where that cannot be measured.
+    """
+
+    plan: Plan
+    masks: Masks
+    dense: DenseRates | None = None
+    layers: Mapping[str, LayerInfo] = field(default_factory=dict)
+    seed: int = 0
+    learning_rate: float = 1.0
+    train_accuracy: Callable[[], float] | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method promises, and what it works with; anything else is refused by name.
+
+    `is_hard`: what is pruned stays so, before the last pruning already. `finds_sparsity`: its own settings decide how
+    sparse the model becomes, and there is no target_sparsity. `has_dense_phase`: it prunes a model that was trained
+    densely, and retrains. None in place of criteria allows all.
+    """
+
+    is_hard: bool = False
+    finds_sparsity: bool = False
+    has_dense_phase: bool = False
+    keeps_zeros: bool = False
+    needs_weight_decay: bool = False
+    works_with_fp16: bool = True  # not where gradients that are scaled, or infinite at times, lead astray
+    allocations: tuple[str, ...] = ALLOCATIONS
+    granularities: tuple[str, ...] = ("weight",)  # of weight, filter and n:m
+    criteria: tuple[str, ...] | None = ("magnitude",)
 
 
 @dataclass(frozen=True)
@@ -39,64 +81,74 @@ class LayerCollapseError(RuntimeError):
     """A pruning left a layer without any weight, and `on_collapse` is "raise"."""
 
 
-class Method:
-    """A way to make a model sparse while it trains; the base is one hard magnitude pruning at the end.
+def skip_update(optimizer: torch.optim.Optimizer) -> None:
+    """For `Method.before_update`: the optimizer's next step does nothing, and the learning rate goes on."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
-    Args:
-        plan: when to prune and how far, as the class's own `prunings` has it.
-        masks: over the weights to prune.
-        dense: the learning rates of the first `plan.schedule_steps`; the last one holds for what follows (FT).
-        output_dims: the dimension of each weight that counts its layer's outputs, where it is not 0.
-        knobs: the fields of the class's `Arguments`.
+
+@dataclass
+class NoConfig:
+    """A method without settings of its own."""
+
+
+class Method(ABC):
+    """A way to make a model sparse while it trains; as it stands, one hard pruning at the end.
 
     Around step t: `begin_step(t)`, `prune` where `is_due(t)`, `rate(t)` for the optimizer's learning rate,
     `edit_gradients` between backward and clipping, `before_update` and `after_update` around the optimizer's step.
-    After the last step `is_due` is asked once more.
+    After the last step `is_due` is asked once more. `register_method` makes a subclass known by its `name`.
     """
 
+    name: ClassVar[str]
     description: ClassVar[str]
-    implicit_sparsity = False  # the knobs decide how sparse it becomes, not target_sparsity
-    needs_weight_decay = False
-    is_hard = False  # what is pruned stays so, before the last pruning already
-    works_with_fp16 = True  # not where gradients that are scaled, or infinite at times, lead astray
-    allocations = ALLOCATIONS
+    paper: ClassVar[str | None] = None  # for the model card, where `description` does not tell
+    Config: ClassVar[type] = NoConfig  # a dataclass: its settings
+    traits: Traits = Traits()
 
-    @dataclass
-    class Arguments:
-        """Its knobs, as fields of `BIMPArguments`."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        masks: Masks,
-        dense: DenseRates | None,
-        output_dims: Mapping[str, int] | None = None,
-        **knobs,
-    ):
-        self.plan, self.masks, self.dense, self.knobs = plan, masks, dense, knobs
-        self.output_dims = output_dims or {}
+    def __init__(self, run: Run, config: Any = None):
+        self.run, self.config = run, self.Config() if config is None else config
+        self.plan, self.masks, self.dense = run.plan, run.masks, run.dense
         self.cycle = 0  # how many prunings are done
         self.step = 0  # that the model's weights are ready for
 
     # ---- Before a run ----
 
-    @classmethod
-    def check(cls, args) -> None:
-        """Raises `ValueError` where its knobs in these `BIMPArguments` cannot work."""
+    @classmethod  # noqa: B027  as two other hooks, nothing that every method needs
+    def check(cls, config: Any, budget: Budget) -> None:
+        """Raises `ValueError` where `config` cannot work, alone or with `budget`, whose steps are not known yet."""
 
     @classmethod
-    def prunings(cls, steps: int, target_sparsity: float | None, **knobs) -> tuple[tuple, tuple]:
+    def prunes(cls, config: Any) -> bool:
+        """Whether it prunes to target_sparsity, which is then needed."""
+        return not cls.traits.finds_sparsity
+
+    @classmethod
+    def make_plan(cls, budget: Budget, config: Any) -> Plan:
+        """When it prunes, and how far. Raises `ValueError` where the budget does not allow it."""
+        steps = budget.method_steps
+        times, sparsities = cls.prunings(steps, budget.target_sparsity, config)
+        return Plan(budget.total_steps, times, sparsities, schedule_steps=steps)
+
+    @classmethod
+    def prunings(
+        cls, steps: int, target_sparsity: float | None, config: Any
+    ) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
         """The steps of the prunings within the method's own `steps`, and the sparsities after them."""
         return (steps,), (target_sparsity,)
 
     @classmethod
-    def dense_schedule(cls, **knobs) -> dict:
-        """Fields of `DenseHistory` that its knobs decide rather than the user's schedule."""
-        return {}
+    def dense_schedule(cls, config: Any) -> dict | None:
+        """Fields of `DenseHistory` that it decides in place of the user's schedule; None where it decides nothing.
+
+        lr_milestones among them are a default, which the user's replace.
+        """
+        return None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes up the weights as they are, and gives `optimizer` what the method trains beside them."""
-        if self.needs_weight_decay and not self._weight_decay(optimizer):
+        if self.traits.needs_weight_decay and not self._weight_decay(optimizer):
             raise ValueError(
                 f"{self.description} works by weight decay, and the optimizer has none for the prunable weights. Set "
                 "weight_decay, such as 5e-4."
@@ -120,8 +172,8 @@ class Method:
     @property
     def summary(self) -> str:
         """What it is, in a line."""
-        knobs = ", ".join(f"{name} {value}" for name, value in self.knobs.items() if value is not None)
-        return self.description + (f" with {knobs}" if knobs else "")
+        settings = ", ".join(f"{name} {value}" for name, value in asdict(self.config).items() if value is not None)
+        return self.description + (f" with {settings}" if settings else "")
 
     @property
     def sparsity(self) -> float:
@@ -146,7 +198,7 @@ class Method:
         return self.cycle + 1 == self.plan.num_cycles
 
     def rate(self, step: int) -> float:
-        """The learning rate of optimizer step `step`."""
+        """The learning rate of optimizer step `step`; after the method's own steps the last one holds (FT)."""
         return self.scheduled_rate(min(step, self.plan.schedule_steps - 1))
 
     def scheduled_rate(self, step: int) -> float:
@@ -157,9 +209,9 @@ class Method:
         """The largest rate of a phase."""
         return max(self.rate(step) for step in range(phase.start, phase.start + phase.steps))
 
-    def describe_peak(self, phase: Phase, unit: float) -> str:
-        """`planned_peak`, times `unit`, for the printed plan."""
-        return f"{self.planned_peak(phase) * unit:.3g}"
+    def describe_peak(self, phase: Phase) -> str:
+        """`planned_peak` in the optimizer's unit, for the printed plan."""
+        return f"{self.planned_peak(phase) * self.run.learning_rate:.3g}"
 
     # ---- Steps ----
 
@@ -179,14 +231,20 @@ class Method:
         self.masks.mask_optimizer_state(optimizer)
         return selection.threshold, selection.removed_norm
 
+    def competing(self) -> Mapping[str, Tensor]:
+        """The values by which weights are ranked at the next pruning, pruned ones included."""
+        return self.masks.weights
+
     def edit_gradients(self) -> None:
         """Once an optimizer step, when its gradient is whole."""
+        if self.masks.needs_gradients and not self.is_complete:
+            self.masks.observe(self.competing())
         self.masks.mask_gradients()
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients are clipped, and the optimizer steps next."""
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Gradients are clipped, and the optimizer steps next; `skip_update` keeps it from doing so."""
 
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027
         """The optimizer has stepped."""
 
     # ---- What a checkpoint needs beside the masks ----
@@ -199,18 +257,12 @@ class Method:
     @property
     def settings(self) -> dict:
         """What a resumed run must share."""
-        return {"knobs": self.knobs}
+        return {"knobs": asdict(self.config)}
 
-    def state_dict(self) -> dict:
-        """As JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, lists of them, and tensors."""
         return {"cycle": self.cycle, "step": self.step}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave, after the masks."""
         self.cycle, self.step = state["cycle"], state["step"]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As safetensors."""
-        return {}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up what `tensors` gave, after `load_state_dict` and the masks."""

@@ -1,16 +1,18 @@
 """CS: continuous sparsification (Savarese et al., 2020)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..schedules.plan import Budget
+from .registry import register_method
 from .reparametrized import Reparametrized
 
 
 @dataclass
-class CSArguments:
-    """The knobs of CS."""
+class CSConfig:
+    """The settings of CS."""
 
     cs_initial_mask: float = field(
         default=0.0,
@@ -27,6 +29,7 @@ class CSArguments:
     )
 
 
+@register_method
 class ContinuousSparsification(Reparametrized):
     """Computes with w * sigmoid(beta_t * m) / sigmoid(s_0); beta_t = beta_final^(t/T) makes the gates ever harder.
 
@@ -34,33 +37,35 @@ class ContinuousSparsification(Reparametrized):
     keeps its scaled value w / sigmoid(s_0) where m > 0, and is 0 elsewhere.
     """
 
+    name = "cs"
     description = "Continuous sparsification (CS, Savarese et al., 2020)"
-    works_with_fp16 = False
-    Arguments = CSArguments
+    traits = replace(Reparametrized.traits, works_with_fp16=False)
+    Config = CSConfig
 
     @classmethod
-    def check(cls, args) -> None:
-        if not (args.cs_penalty >= 0 and args.cs_temperature >= 1):
+    def check(cls, config: CSConfig, budget: Budget) -> None:
+        if not (config.cs_penalty >= 0 and config.cs_temperature >= 1):
             raise ValueError(
-                f"cs_penalty={args.cs_penalty} must be at least 0 and cs_temperature={args.cs_temperature} at least 1."
+                f"cs_penalty={config.cs_penalty} must be at least 0 and cs_temperature={config.cs_temperature} at "
+                "least 1."
             )
 
     @property
     def beta(self) -> float:
-        return self.knobs["cs_temperature"] ** (self.step / self.plan.schedule_steps)
+        return self.config.cs_temperature ** (self.step / self.plan.schedule_steps)
 
     @property
     def scale(self) -> Tensor:
-        return torch.tensor(self.knobs["cs_initial_mask"]).sigmoid()
+        return torch.tensor(self.config.cs_initial_mask).sigmoid()
 
     def initial(self, weight: Tensor, output_dim: int) -> Tensor:
-        return torch.full_like(weight, self.knobs["cs_initial_mask"])
+        return torch.full_like(weight, self.config.cs_initial_mask)
 
     def used(self, dense: Tensor, extra: Tensor) -> Tensor:
         return dense * (self.beta * extra).sigmoid() / self.scale
 
     def penalties(self, extra: Tensor) -> list[Tensor]:
-        return [self.knobs["cs_penalty"] * (self.beta * extra).sigmoid().sum()]
+        return [self.config.cs_penalty * (self.beta * extra).sigmoid().sum()]
 
     def final(self, dense: Tensor, extra: Tensor) -> Tensor:
         return dense * (extra > 0) / self.scale

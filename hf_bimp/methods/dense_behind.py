@@ -1,9 +1,12 @@
 """The family whose sparse weights have dense ones behind them, which the optimizer updates."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .base import Method
+from .base import Method, Run
 
 
 class DenseBehind(Method):
@@ -14,8 +17,8 @@ class DenseBehind(Method):
     under the names that the model gave them. The last pruning is hard, and leaves nothing behind.
     """
 
-    def __init__(self, plan, masks, dense, output_dims=None, **knobs):
-        super().__init__(plan, masks, dense, output_dims, **knobs)
+    def __init__(self, run: Run, config: Any = None):
+        super().__init__(run, config)
         self.behind: dict[str, Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -64,9 +67,10 @@ class DenseBehind(Method):
     def renew(self) -> None:
         """The masks of the next step, from the dense weights after this one."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.behind
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | self.behind
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         # The model's own weights are those of its checkpoint. Ties fall by order, and a file has one of its own.
-        self.behind = {name: tensors[name] for name in self.masks.weights if name in tensors}
+        self.behind = {name: state[name] for name in self.masks.weights if name in state}

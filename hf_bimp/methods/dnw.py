@@ -1,8 +1,10 @@
 """DNW: discovering neural wirings (Wortsman et al., 2019)."""
 
 from .dense_behind import DenseBehind
+from .registry import register_method
 
 
+@register_method
 class DiscoveringNeuralWirings(DenseBehind):
     """Every step computes with the top (1 - goal) of the dense weights alone, chosen anew; all receive the gradient.
 
@@ -10,10 +12,11 @@ class DiscoveringNeuralWirings(DenseBehind):
     respect to the zero in its place. Sparse from the first step on, so its last, hard pruning changes nothing.
     """
 
+    name = "dnw"
     description = "Discovering neural wirings (DNW, Wortsman et al., 2019)"
 
     @classmethod
-    def prunings(cls, steps, target_sparsity, **knobs):
+    def prunings(cls, steps, target_sparsity, config):
         return (0, steps), (target_sparsity, target_sparsity)
 
     def renew(self) -> None:

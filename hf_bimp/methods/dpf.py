@@ -2,19 +2,22 @@
 
 from dataclasses import dataclass, field
 
+from ..schedules.plan import Budget
 from .dense_behind import DenseBehind
-from .gmp import Gradual, GradualArguments
+from .gmp import Gradual, GradualConfig
+from .registry import register_method
 
 
 @dataclass
-class DPFArguments(GradualArguments):
-    """The knobs of DPF."""
+class DPFConfig(GradualConfig):
+    """The settings of DPF."""
 
     dpf_interval: int = field(
         default=16, metadata={"help": "dpf: optimizer steps after which the masks are renewed (the original: 16)."}
     )
 
 
+@register_method
 class DynamicPruningWithFeedback(DenseBehind, Gradual):
     """Gradual pruning whose gradient, taken at the masked weights, is applied unmasked to the dense ones.
 
@@ -22,20 +25,21 @@ class DynamicPruningWithFeedback(DenseBehind, Gradual):
     are taken anew from the dense weights every `dpf_interval` steps, at the sparsity that GMP's schedule has reached.
     """
 
+    name = "dpf"
     description = "Dynamic pruning with feedback (DPF, Lin et al., 2020)"
-    Arguments = DPFArguments
+    Config = DPFConfig
 
     @classmethod
-    def check(cls, args) -> None:
-        super().check(args)
-        if args.dpf_interval < 1:
-            raise ValueError(f"dpf_interval={args.dpf_interval} must be at least 1 optimizer step.")
+    def check(cls, config: DPFConfig, budget: Budget) -> None:
+        super().check(config, budget)
+        if config.dpf_interval < 1:
+            raise ValueError(f"dpf_interval={config.dpf_interval} must be at least 1 optimizer step.")
 
     @classmethod
-    def prunings(cls, steps, target_sparsity, **knobs):
-        times, sparsities = super().prunings(steps, target_sparsity, **knobs)
+    def prunings(cls, steps, target_sparsity, config):
+        times, sparsities = super().prunings(steps, target_sparsity, config)
         return (*times, steps), (*sparsities, target_sparsity)  # the last one is hard
 
     def renew(self) -> None:
-        if self.cycle and self.step % self.knobs["dpf_interval"] == 0:
+        if self.cycle and self.step % self.config.dpf_interval == 0:
             self.masks.renew(self.plan.sparsities[self.cycle - 1], self.behind)

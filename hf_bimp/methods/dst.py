@@ -1,18 +1,20 @@
 """DST: dynamic sparse training with trainable masked layers (Liu et al., 2020)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..schedules.plan import Budget
+from .registry import register_method
 from .reparametrized import Reparametrized
 
 LEAST_KEPT = 0.01  # a layer that keeps less of its weights starts over with thresholds of 0
 
 
 @dataclass
-class DSTArguments:
-    """The knobs of DST."""
+class DSTConfig:
+    """The settings of DST."""
 
     dst_penalty: float = field(
         default=1e-5,
@@ -38,20 +40,22 @@ class _Step(torch.autograd.Function):
         return gradient * derivative
 
 
+@register_method
 class DynamicSparseTraining(Reparametrized):
     """Computes with w * step(|w| - t), one threshold t for each output, initially 0 and without weight decay.
 
     The penalty alpha * sum(exp(-t)) raises the thresholds.
     """
 
+    name = "dst"
     description = "Dynamic sparse training (DST, Liu et al., 2020)"
-    works_with_fp16 = False
-    Arguments = DSTArguments
+    traits = replace(Reparametrized.traits, works_with_fp16=False)
+    Config = DSTConfig
 
     @classmethod
-    def check(cls, args) -> None:
-        if not args.dst_penalty >= 0:
-            raise ValueError(f"dst_penalty={args.dst_penalty} must be at least 0.")
+    def check(cls, config: DSTConfig, budget: Budget) -> None:
+        if not config.dst_penalty >= 0:
+            raise ValueError(f"dst_penalty={config.dst_penalty} must be at least 0.")
 
     def initial(self, weight: Tensor, output_dim: int) -> Tensor:
         return weight.new_zeros([size if dim == output_dim else 1 for dim, size in enumerate(weight.shape)])
@@ -60,7 +64,7 @@ class DynamicSparseTraining(Reparametrized):
         return dense * _Step.apply(dense.abs() - extra)
 
     def penalties(self, extra: Tensor) -> list[Tensor]:
-        return [self.knobs["dst_penalty"] * (-extra).exp().sum()]
+        return [self.config.dst_penalty * (-extra).exp().sum()]
 
     def renew(self) -> None:
         for name, dense in self.behind.items():

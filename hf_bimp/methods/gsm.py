@@ -3,9 +3,11 @@
 import torch
 
 from ..pruning.ranking import prune_smallest
-from .base import Method
+from .base import Method, Traits
+from .registry import register_method
 
 
+@register_method
 class GlobalSparseMomentum(Method):
     """Only the top (1 - goal) of the weights by |w * dL/dw| receive the gradient of the loss, chosen at every step.
 
@@ -13,10 +15,9 @@ class GlobalSparseMomentum(Method):
     is the optimizer's own momentum (the paper's grid: 0.9, 0.95, 0.99; `optim_args: momentum=0.95`), or `adam_beta1`.
     """
 
+    name = "gsm"
     description = "Global sparse momentum (GSM, Ding et al., 2019)"
-    needs_weight_decay = True
-    works_with_fp16 = False
-    allocations = ("global",)
+    traits = Traits(needs_weight_decay=True, works_with_fp16=False, allocations=("global",))
 
     @torch.no_grad()
     def edit_gradients(self) -> None:

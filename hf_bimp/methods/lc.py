@@ -3,9 +3,11 @@
 import torch
 from transformers import Adafactor
 
-from .base import Method
+from .base import Method, Traits
+from .registry import register_method
 
 
+@register_method
 class LearningCompression(Method):
     """Weight decay acts only on the weights outside the top (1 - goal) by magnitude, chosen anew at every step.
 
@@ -14,9 +16,9 @@ class LearningCompression(Method):
     decay is part of the gradient (SGD, Adam) by subtracting it, where it shrinks the weight (AdamW) by growing it.
     """
 
+    name = "lc"
     description = "Learning-compression (LC, Carreira-Perpinan and Idelbayev, 2018)"
-    needs_weight_decay = True
-    works_with_fp16 = False
+    traits = Traits(needs_weight_decay=True, works_with_fp16=False)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         super().attach(optimizer)

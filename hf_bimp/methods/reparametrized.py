@@ -1,28 +1,30 @@
 """The family whose sparse weights are a function of the dense ones and of trained thresholds or gates."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..pruning.ranking import exact
+from .base import Method, Run, Traits
 from .dense_behind import DenseBehind
 
 
-class Reparametrized(DenseBehind, ABC):
+class Reparametrized(DenseBehind):
     """The model computes with `used(w, e)`, where the method trains e, one tensor a weight, beside the dense w.
 
     Once an optimizer step autograd hands the gradient with respect to what the model used on to w and e, and adds that
     of the penalty, so that neither micro-batches nor processes change it. How sparse it becomes is up to the knobs.
     """
 
-    implicit_sparsity = True
-    allocations = ()
+    traits = Traits(finds_sparsity=True, allocations=())
     decays_extras = False  # whether e has the weight decay of the weights
 
-    def __init__(self, plan, masks, dense, output_dims=None, **knobs):
-        super().__init__(plan, masks, dense, output_dims, **knobs)
+    def __init__(self, run: Run, config: Any = None):
+        super().__init__(run, config)
         self.extras: dict[str, nn.Parameter] = {}
 
     @abstractmethod
@@ -44,11 +46,14 @@ class Reparametrized(DenseBehind, ABC):
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         super().attach(optimizer)
         self.extras = {
-            name: nn.Parameter(self.initial(weight.detach(), self.output_dims.get(name, 0)))
+            name: nn.Parameter(self.initial(weight.detach(), self._output_dim(name)))
             for name, weight in self.masks.weights.items()
         }
         decay = self._weight_decay(optimizer) if self.decays_extras else 0.0
         optimizer.add_param_group({"params": self.extra_parameters, "weight_decay": decay})
+
+    def _output_dim(self, name: str) -> int:
+        return self.run.layers[name].output_dim if name in self.run.layers else 0
 
     @property
     def extra_parameters(self) -> list[nn.Parameter]:
@@ -95,13 +100,14 @@ class Reparametrized(DenseBehind, ABC):
         self.masks.mask_optimizer_state(optimizer)
         return None, math.sqrt(squares)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         extras = {f"extra.{name}": extra.detach() for name, extra in self.extras.items()}
-        return extras | {f"dense.{name}": dense for name, dense in self.behind.items()}
+        dense = {f"dense.{name}": dense for name, dense in self.behind.items()}
+        return Method.state_dict(self) | extras | dense
 
     @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        Method.load_state_dict(self, state)
         for name, extra in self.extras.items():
-            extra.copy_(tensors[f"extra.{name}"])
-        dense = {name: tensors.get(f"dense.{name}") for name in self.masks.weights}
-        self.behind = {} if self.is_complete else dense
+            extra.copy_(state[f"extra.{name}"])
+        self.behind = {} if self.is_complete else {name: state[f"dense.{name}"] for name in self.masks.weights}

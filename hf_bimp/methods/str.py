@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .registry import register_method
 from .reparametrized import Reparametrized
 
 
 @dataclass
-class STRArguments:
-    """The knobs of STR."""
+class STRConfig:
+    """The settings of STR."""
 
     str_initial_threshold: float = field(
         default=-5.0,
@@ -21,18 +22,20 @@ class STRArguments:
     )
 
 
+@register_method
 class SoftThreshold(Reparametrized):
     """Computes with sign(w) * relu(|w| - sigmoid(theta)), one theta a layer with the weights' weight decay.
 
     The decay is what moves theta towards 0 and so the threshold upwards. As a soft threshold it shrinks what it keeps.
     """
 
+    name = "str"
     description = "Soft threshold reparametrization (STR, Kusupati et al., 2020)"
     decays_extras = True
-    Arguments = STRArguments
+    Config = STRConfig
 
     def initial(self, weight: Tensor, output_dim: int) -> Tensor:
-        return weight.new_full((), self.knobs["str_initial_threshold"])
+        return weight.new_full((), self.config.str_initial_threshold)
 
     def used(self, dense: Tensor, extra: Tensor) -> Tensor:
         return dense.sign() * torch.relu(dense.abs() - extra.sigmoid())

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from .granularity import FilterRule, NOfMRule, WeightRule, n_of_m_dimension, parse_n_of_m
-from .layers import PrunableWeights, find_prunable
+from .granularity import FilterRule, NOfMRule, WeightRule, parse_n_of_m
+from .layers import PrunableWeights, find_prunable, layer_infos
 from .masks import Masks
 from .structured.groups import find_filter_groups
 
@@ -48,9 +48,8 @@ def make_masks(
 def _n_of_m(
     model: nn.Module, found: PrunableWeights, n: int, m: int, criterion: str, seed: int, dense: dict[str, str]
 ) -> tuple[Masks, dict[str, str]]:
-    names = {id(weight): name for name, weight in found.weights.items()}
-    layers = {names[id(p)]: module for module in model.modules() for p in module.parameters(False) if id(p) in names}
-    dimensions = {name: n_of_m_dimension(layers[name]) for name in found.weights}
+    infos = layer_infos(model)
+    dimensions = {name: infos[name].input_dim for name in found.weights}
     inputs = {name: found.weights[name].shape[dimensions[name]] for name in found.weights}
     reasons = {name: f"its {number} inputs do not divide by {m}" for name, number in inputs.items() if number % m}
     weights = {name: weight for name, weight in found.weights.items() if name not in reasons}

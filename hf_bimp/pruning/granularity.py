@@ -5,21 +5,20 @@ A rule marks, in the boolean tensors that it is given, what is to be zero at a s
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 from transformers.utils import logging
 
 from .allocation import ALLOCATIONS, Layer, layer_counts
+from .criteria import Criterion, criterion_named, random_scores
 from .lamp import lamp_counts
-from .ranking import Selection, combined, prune_smallest, selection_of
+from .ranking import SCORE_NOT_FINITE, Selection, combined, prune_smallest, selection_of
 from .structured.groups import FilterGroup, Rows
 
-CRITERIA = ("magnitude", "random")
+FILTER_CRITERIA = ("magnitude", "random")  # what a norm of a whole filter is known for
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 _ROUNDING = 1e-9  # a count that is missed by rounding error alone is met
 
@@ -37,17 +36,32 @@ def check_rule(granularity: str, allocation: str | None, criterion: str) -> None
             f"allocation={allocation!r} with granularity={granularity!r}: filters and n:m take the same share of "
             "every layer. Leave allocation out, or use granularity='weight'."
         )
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} is none of {', '.join(CRITERIA)}.")
+    criterion_named(criterion)
+    if granularity == "filter" and criterion not in FILTER_CRITERIA:
+        raise ValueError(
+            f"criterion={criterion!r} ranks single weights: with granularity='filter' it is one of "
+            f"{', '.join(FILTER_CRITERIA)}."
+        )
 
 
 class Rule(Protocol):
-    """Marks in `pruned` (by parameter name, what was pruned before) what is pruned at `sparsity`."""
+    """Marks in `pruned` (by parameter name, what was pruned before) what is pruned at `sparsity`.
 
-    def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection: ...
+    `statistics` are what the criterion has gathered of the gradients, by the same names.
+    """
+
+    criterion: Criterion
+
+    def select(
+        self,
+        weights: Mapping[str, Tensor],
+        pruned: dict[str, Tensor],
+        sparsity: float,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> Selection: ...
 
     def check_plan(
-        self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsities: Sequence[float]
+        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
     ) -> None:
         """Raises `ValueError` where the rule cannot prune this much, and warns where a pruning would do nothing."""
 
@@ -66,25 +80,17 @@ def parse_n_of_m(granularity: str) -> tuple[int, int] | None:
     return n, m
 
 
-def n_of_m_dimension(module: nn.Module) -> int:
-    """The dimension of a layer's weight that indexes its inputs."""
-    return 0 if isinstance(module, (_ConvTransposeNd, Conv1D)) else 1
-
-
-def _random_scores(seed: int, pruned: list[Tensor]) -> list[Tensor]:
-    """Scores in (0, 1], 0 where pruned: the same in every process and after a resume, as seed and progress decide."""
-    done = sum(int(mask.count_nonzero()) for mask in pruned)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
-    drawn = [1 - torch.rand(mask.shape, generator=generator) for mask in pruned]
-    return [score.to(mask.device).masked_fill_(mask, 0) for score, mask in zip(drawn, pruned, strict=True)]
+def kind_of(granularity: str) -> str:
+    """weight, filter or n:m."""
+    return "n:m" if parse_n_of_m(granularity) else granularity
 
 
 class WeightRule(Rule):
     """Prunes exactly `round(sparsity * N)` single weights.
 
     `allocation` says how they spread over the layers (`allocation.ALLOCATIONS`), `criterion` which go within a layer,
-    or over all of them for global: the smallest magnitudes, or random ones drawn from `seed`. `first_convolution` and
-    `last_linear` are the names of the two weights that UNIFORM+ treats apart.
+    or over all of them for global: a name of `criteria.CRITERIA`; random scores are drawn from `seed`.
+    `first_convolution` and `last_linear` are the names of the two weights that UNIFORM+ treats apart.
     """
 
     def __init__(
@@ -95,11 +101,11 @@ class WeightRule(Rule):
         first_convolution: str | None = None,
         last_linear: str | None = None,
     ):
-        self.allocation, self.criterion, self.seed = allocation, criterion, seed
+        self.allocation, self.criterion, self.seed = allocation, criterion_named(criterion), seed
         self.first_convolution, self.last_linear = first_convolution, last_linear
 
     def check_plan(
-        self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsities: Sequence[float]
+        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
     ) -> None:
         if self.allocation in ("global", "lamp"):
             return  # they reach any
@@ -107,7 +113,7 @@ class WeightRule(Rule):
         for sparsity in sparsities:
             layer_counts(self.allocation, layers, round(sparsity * size))
 
-    def layers(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor]) -> list[Layer]:
+    def layers(self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor]) -> list[Layer]:
         return [
             Layer(
                 tuple(weight.shape),
@@ -118,13 +124,19 @@ class WeightRule(Rule):
             for name, weight in weights.items()
         ]
 
-    def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
+    def select(
+        self,
+        weights: Mapping[str, Tensor],
+        pruned: dict[str, Tensor],
+        sparsity: float,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> Selection:
         values, masks = list(weights.values()), [pruned[name] for name in weights]
         k = round(sparsity * sum(weight.numel() for weight in values))
         done = sum(int(mask.count_nonzero()) for mask in masks)
         if k < done:
             raise ValueError(f"{done} weights are pruned already, and {k} would be fewer: masks only grow.")
-        scores = _random_scores(self.seed, masks) if self.criterion == "random" else None
+        scores = self.criterion.scores(weights, pruned, statistics or {}, self.seed)
         if self.allocation == "global":
             return prune_smallest(values, masks, k, scores)
         if self.allocation == "lamp":
@@ -147,14 +159,14 @@ class NOfMRule(Rule):
 
     def __init__(self, n: int, m: int, dimensions: dict[str, int], criterion: str = "magnitude", seed: int = 0):
         self.n, self.m, self.dimensions = n, m, dimensions
-        self.criterion, self.seed = criterion, seed
+        self.criterion, self.seed = criterion_named(criterion), seed
 
     def kept(self, sparsity: float) -> int:
         """How many of m consecutive inputs stay."""
         return max(self.n, math.ceil(self.m * (1 - sparsity) - _ROUNDING))
 
     def check_plan(
-        self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsities: Sequence[float]
+        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
     ) -> None:
         kept = [self.m, *map(self.kept, sparsities)]
         if idle := [str(j) for j in range(1, len(kept)) if kept[j] == kept[j - 1]]:
@@ -164,16 +176,24 @@ class NOfMRule(Rule):
             )
 
     @torch.no_grad()
-    def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
+    def select(
+        self,
+        weights: Mapping[str, Tensor],
+        pruned: dict[str, Tensor],
+        sparsity: float,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> Selection:
         masks = [pruned[name] for name in weights]
         before = selection_of(weights.values(), masks)  # refuses weights that are no numbers
         kept = self.kept(sparsity)
-        scores = (
-            _random_scores(self.seed, masks) if self.criterion == "random" else [w.abs() for w in weights.values()]
-        )
-        for (name, weight), score, mask in zip(weights.items(), scores, masks, strict=True):
+        scores = self.criterion.scores(weights, pruned, statistics or {}, self.seed)
+        for (name, weight), score, mask in zip(
+            weights.items(), scores or [w.abs() for w in weights.values()], masks, strict=True
+        ):
+            if not (score.isfinite() | mask).all():
+                raise ValueError(SCORE_NOT_FINITE)
             inputs = self.dimensions[name]
-            ranked = score.masked_fill(mask, -1).movedim(inputs, -1)
+            ranked = score.masked_fill(mask, -math.inf).movedim(inputs, -1)
             blocks = ranked.reshape(*ranked.shape[:-1], -1, self.m)
             order = blocks.argsort(dim=-1, stable=True)  # of equal ones the earlier goes first
             chosen = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[..., : self.m - kept], True)
@@ -190,12 +210,18 @@ class FilterRule(Rule):
     """
 
     def __init__(self, groups: list[FilterGroup], criterion: str = "magnitude", seed: int = 0):
-        self.groups, self.criterion, self.seed = groups, criterion, seed
+        self.groups, self.criterion, self.seed = groups, criterion_named(criterion), seed
 
     @torch.no_grad()
-    def select(self, weights: dict[str, nn.Parameter], pruned: dict[str, Tensor], sparsity: float) -> Selection:
+    def select(
+        self,
+        weights: Mapping[str, Tensor],
+        pruned: dict[str, Tensor],
+        sparsity: float,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> Selection:
         gone = [self._gone(group, pruned) for group in self.groups]
-        drawn = _random_scores(self.seed, gone) if self.criterion == "random" else None
+        drawn = random_scores(self.seed, gone) if self.criterion.score is None else None
         for i, group in enumerate(self.groups):
             scores = self._norms(group, weights) if drawn is None else drawn[i].cpu()
             if not scores.isfinite().all():
@@ -216,7 +242,7 @@ class FilterRule(Rule):
         return torch.stack([_rows(pruned[r.name], r).all(1) for r in group.weights]).all(0)
 
     @staticmethod
-    def _norms(group: FilterGroup, weights: dict[str, nn.Parameter]) -> Tensor:
+    def _norms(group: FilterGroup, weights: Mapping[str, Tensor]) -> Tensor:
         return sum(_rows(weights[r.name].double(), r).square().sum(1) for r in group.weights).sqrt().cpu()
 
 

@@ -71,13 +71,27 @@ def find_prunable(
     )
 
 
-def output_dims(model: nn.Module) -> dict[str, int]:
-    """The dimension that counts the outputs, of the weights where that is not the first: name -> 1.
+@dataclass(frozen=True)
+class LayerInfo:
+    """What the layer of a weight is: its class, and the dimensions of the weight that count outputs and inputs.
 
-    In a transposed convolution with groups it counts those of one group.
+    Where a convolution has groups, one of the two counts those of one group.
     """
-    transposed = {id(m.weight) for m in model.modules() if isinstance(m, (_ConvTransposeNd, Conv1D))}
-    return {name: 1 for name, parameter in model.named_parameters() if id(parameter) in transposed}
+
+    kind: type[nn.Module]
+    output_dim: int
+    input_dim: int
+
+
+def layer_infos(model: nn.Module) -> dict[str, LayerInfo]:
+    """Of every linear and convolution layer of `model`, by the name of its weight."""
+    kinds = {id(m.weight): type(m) for m in reversed([*model.modules()]) if isinstance(m, PRUNABLE_MODULES)}
+    infos = {}
+    for name, parameter in model.named_parameters():
+        if (kind := kinds.get(id(parameter))) is not None:
+            output_dim = int(issubclass(kind, (_ConvTransposeNd, Conv1D)))
+            infos[name] = LayerInfo(kind, output_dim, 1 - output_dim)
+    return infos
 
 
 def _matching(layers: dict[str, nn.Module], patterns: Sequence[str] | None, argument: str) -> set[str]:

@@ -1,7 +1,7 @@
 """The one owner of the masks: what is pruned, and that it stays exactly zero."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Masks:
         self.weights, self.attached = weights, attached or {}
         self.rule = WeightRule() if rule is None else rule
         self.pruned: dict[str, Tensor] = {}  # empty until something is pruned
+        self.statistics: dict[str, Tensor] = {}  # what the rule's criterion has gathered of the gradients
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -64,7 +65,7 @@ class Masks:
     def prune(self, sparsity: float) -> Selection:
         """Prunes to `sparsity` as the rule says: exactly `round(sparsity * num_weights)` where it ranks weights."""
         pruned = self.pruned or self._empty()
-        selection = self.rule.select(self.weights, pruned, sparsity)
+        selection = self.rule.select(self.weights, pruned, sparsity, self.statistics)
         self.pruned = pruned
         self.mask_weights()
         return selection
@@ -74,7 +75,7 @@ class Masks:
     ) -> tuple[dict[str, Tensor], Selection]:
         """What the rule prunes of `values` (by default the weights) if nothing is pruned yet; nothing is changed."""
         marks = self._empty()
-        return marks, self.rule.select(self.weights if values is None else values, marks, sparsity)
+        return marks, self.rule.select(values or self.weights, marks, sparsity, self.statistics)
 
     def renew(self, sparsity: float, values: dict[str, Tensor] | None = None) -> Selection:
         """Soft pruning: the masks of `values` (by default the weights), whatever was pruned before.
@@ -83,6 +84,34 @@ class Masks:
         """
         self.pruned, selection = self.smallest(sparsity, values)
         return selection
+
+    @torch.no_grad()
+    def swap(self, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> None:
+        """Prunes the weights that are True in `drop`, and gives those back that are True in `grow`, by name.
+
+        A pruned weight that is given back starts from zero; one in both stays what it is.
+        """
+        pruned = self.pruned or self._empty()
+        for name, mask in pruned.items():
+            if name in drop:
+                mask = mask | drop[name]
+            pruned[name] = mask & ~grow[name] if name in grow else mask
+        self.pruned = pruned
+        self.mask_weights()
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the criterion goes by gradients, so that `observe` has to see those of every step."""
+        return self.rule.criterion.accumulate is not None
+
+    @torch.no_grad()
+    def observe(self, values: Mapping[str, Tensor]) -> None:
+        """Takes up the whole gradients of a step; `values` are the weights that compete at the next pruning."""
+        for name, value in values.items():
+            if (gradient := self.weights[name].grad) is not None:
+                before = self.statistics.get(name)
+                before = torch.zeros_like(value, dtype=torch.float32) if before is None else before
+                self.statistics[name] = self.rule.criterion.accumulate(before, value.float(), gradient.float())
 
     def keep_zeros(self) -> None:
         """Prunes what is zero already; a zero bias or normalisation channel only where its filter is zero."""

@@ -1,10 +1,14 @@
 """The model card of a pruned model: how sparse it is, how it was pruned, how good it is, how to load it."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..arguments import BIMPArgumentsMixin
 from ..storage.model_formats import is_own, library_of, loading_code
 from .plots import LAYERS_PLOT_NAME
 from .results import MOST_ROWS
@@ -17,8 +21,21 @@ HUB_LIBRARIES = {
 TAGS = ("hf_bimp", "pruned", "sparse", "generated_from_trainer")
 
 
+@dataclass(frozen=True)
+class CardSource:
+    """What a card is about: the model, the arguments and `results` of its run (None in the middle of it).
+
+    `where` is the folder or the Hub id that it loads from.
+    """
+
+    model: nn.Module
+    args: BIMPArgumentsMixin
+    results: dict[str, Any] | None
+    where: str
+
+
 def write_model_card(
-    trainer,
+    source: CardSource,
     language: str | list[str] | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
@@ -30,16 +47,14 @@ def write_model_card(
     dataset_args: str | list[str] | None = None,
 ) -> None:
     """Writes README.md into the output directory; the arguments are those of `Trainer.create_model_card`."""
-    if not trainer.is_world_process_zero():
-        return
-    results = trainer.results
-    name = model_name or Path(trainer.args.output_dir).absolute().name
-    base_model = finetuned_from or _base_model(trainer.model)
+    results = source.results
+    name = model_name or Path(source.args.output_dir).absolute().name
+    base_model = finetuned_from or _base_model(source.model)
     datasets = _as_list(dataset_tags) or _as_list(dataset)
     data = ModelCardData(
         language=language,
         license=license,
-        library_name=HUB_LIBRARIES.get(library_of(trainer.model)),
+        library_name=HUB_LIBRARIES.get(library_of(source.model)),
         tags=[*TAGS, *(tag for tag in _as_list(tags) if tag not in TAGS)],
         base_model=base_model,
         datasets=_as_list(dataset_tags) or None,
@@ -48,9 +63,23 @@ def write_model_card(
         model_name=name,
         eval_results=_eval_results(results, _first(tasks), _first(datasets), _first(dataset_args)),
     )
-    body = [f"# {name}", _summary(results, base_model), *_sections(trainer, results)]
+    body = [f"# {name}", _summary(results, base_model), *_sections(source)]
     content = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
-    ModelCard(content).save(Path(trainer.args.output_dir) / "README.md")
+    ModelCard(content).save(_card_path(source.args))
+
+
+def add_to_model_card(source: CardSource) -> None:
+    """Adds what is known of the pruning to the card that another trainer's `create_model_card` has written."""
+    path = _card_path(source.args)
+    card = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
+    card.data.tags = list(dict.fromkeys([*_as_list(card.data.tags), *TAGS]))
+    summary = _summary(source.results, _base_model(source.model))
+    card.text = "\n\n".join([card.text.rstrip(), "# Sparsity", summary, *_sections(source)]) + "\n"
+    card.save(path)
+
+
+def _card_path(args: BIMPArgumentsMixin) -> Path:
+    return Path(args.output_dir) / "README.md"
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:
@@ -61,7 +90,7 @@ def _first(value: str | list[str] | None) -> str | None:
     return next(iter(_as_list(value)), None)
 
 
-def _base_model(model) -> str | None:
+def _base_model(model: nn.Module) -> str | None:
     """The Hub id that the model was loaded from; a local path means nothing to others."""
     name = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
     return name if name and not Path(name).exists() else None
@@ -89,11 +118,8 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     if results is None:
         return f"A model{of}, in training with hf_bimp."
     what = {"weight": "", "filter": " of whole filters"}.get(results["granularity"], f" to {results['granularity']}")
-    how = (
-        f'{results["criterion"]} pruning{what}, {results["allocation"]} allocation, after "How I Learned to Stop '
-        f'Worrying and Love Retraining" (Zimmer, Spiegel and Pokutta, ICLR 2023): '
-    )
-    if results["method"] not in ("bimp", "dense"):
+    how = f"{results['criterion']} pruning{what}, {results['allocation']} allocation, after {results['paper']}: "
+    if results["paper"] is None:
         how = ""
     return (
         f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** (those of linear "
@@ -102,28 +128,28 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     )
 
 
-def _sections(trainer, results: dict | None) -> list[str]:
-    sections = ["## How to load it", _loading(trainer)]
+def _sections(source: CardSource) -> list[str]:
+    sections, results = ["## How to load it", _loading(source)], source.results
     if results is None:
         return sections
     return [
         *("## Results", _metrics_table(results)),
         *("## How it was pruned", _plan_rows(results)),
-        *("## Measures", _measures(results, Path(trainer.args.output_dir))),
+        *("## Measures", _measures(results)),
         *sections,
         "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one."
-        + _shrinking(trainer),
-        *("## Training", _hyperparameters(trainer.args, results)),
+        + _shrinking(source.args),
+        *("## Training", _hyperparameters(source.args, results)),
     ]
 
 
-def _loading(trainer) -> str:
-    where = trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir
-    needs = "only its architecture from hf_bimp" if is_own(trainer.model) else "no hf_bimp"
-    return f"It is a plain checkpoint and needs {needs}:\n\n```python\n{loading_code(trainer.model, where)}\n```"
+def _loading(source: CardSource) -> str:
+    needs = "only its architecture from hf_bimp" if is_own(source.model) else "no hf_bimp"
+    code = loading_code(source.model, source.where)
+    return f"It is a plain checkpoint and needs {needs}:\n\n```python\n{code}\n```"
 
 
-def _measures(results: dict, directory: Path) -> str:
+def _measures(results: dict) -> str:
     speedup, rate = results["theoretical_speedup"], results["throughput"]["training_samples_per_second"]
     rows = [
         ["theoretical speedup (multiply-adds, zeros cost nothing)", "-" if speedup is None else f"{speedup:.4g}"],
@@ -138,8 +164,8 @@ def _measures(results: dict, directory: Path) -> str:
     return _table(["measure", "value"], rows) + f"\n\n![Sparsity of each layer]({LAYERS_PLOT_NAME})\n\n{details}"
 
 
-def _shrinking(trainer) -> str:
-    if trainer.args.granularity != "filter":
+def _shrinking(args: BIMPArgumentsMixin) -> str:
+    if args.granularity != "filter":
         return ""
     return " `hf_bimp.shrink(model, example_inputs)` removes its zero filters and gives a smaller dense model."
 
@@ -178,7 +204,7 @@ def _plan_rows(results: dict) -> str:
     return f"{results['plan']['total_steps']} optimizer steps in all.\n\n" + _table(header, rows)
 
 
-def _hyperparameters(args, results: dict) -> str:
+def _hyperparameters(args: BIMPArgumentsMixin, results: dict) -> str:
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = [
         ["optimizer", args.optim.value],

@@ -12,7 +12,7 @@ LAYERS_PLOT_NAME = "bimp_layers.png"
 logger = logging.get_logger(__name__)
 
 
-def write_plot(directory: str, results: dict, log: list[dict], method: Method, unit: float) -> None:
+def write_plot(directory: str, results: dict, log: list[dict], method: Method) -> None:
     """Learning rate, sparsity and main metric over the optimizer steps, as one PNG."""
     try:
         from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def write_plot(directory: str, results: dict, log: list[dict], method: Method, u
     steps = range(0, done, max(done // 2000, 1))
     figure = Figure(figsize=(8, 6), layout="constrained")
     rate, sparsity, metric = figure.subplots(3, 1, sharex=True)
-    rate.plot(steps, [method.rate(step) * unit for step in steps], color="tab:blue")
+    rate.plot(steps, [method.rate(step) * method.run.learning_rate for step in steps], color="tab:blue")
     rate.set_ylabel("learning rate")
     sparsity.plot(*_sparsity_points(log, method, steps), color="tab:orange")
     sparsity.set(ylabel="sparsity (%)", ylim=(-2, 102))
@@ -40,7 +40,7 @@ def write_plot(directory: str, results: dict, log: list[dict], method: Method, u
 
 def _sparsity_points(log: list[dict], method: Method, steps: range) -> tuple[list[int], list[float]]:
     """Steps and sparsities (%): as planned, or where there is no plan as logged along the way."""
-    if not method.implicit_sparsity:
+    if not method.traits.finds_sparsity:
         return list(steps), [100 * method.plan.phase(step).sparsity for step in steps]
     logged = [(entry["step"], 100 * entry["sparsity"]) for entry in log if "sparsity" in entry]
     return [step for step, _ in logged], [share for _, share in logged]

@@ -1,32 +1,39 @@
 """What a run did, read off its log: the plan table and `bimp_results.json`."""
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from ..methods import IterativeMagnitudePruning, Method
+from torch import nn
+from transformers import TrainingArguments
+
+from ..methods import Method
+from ..pruning.masks import Masks
 from ..storage.files import write_json
 
 RESULTS_NAME = "bimp_results.json"
 MOST_ROWS = 12  # of a printed plan
-_NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")
+NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")  # how such entries of a log end
 
 
 def final_metrics(log_history: list[dict], step: int) -> dict[str, float]:
     """The last evaluation at `step`, without the `eval_` prefix; empty where there was none."""
     found = [entry for entry in log_history if entry["step"] == step and any(k.startswith("eval_") for k in entry)]
-    return {k: v for entry in found for k, v in _metrics(entry, "eval_").items()}
+    return {k: v for entry in found for k, v in metrics_under(entry, "eval_").items()}
 
 
-def _metrics(entry: dict, prefix: str) -> dict[str, float]:
+def metrics_under(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The metrics of `entry` whose names begin with `prefix`, without it; times and counts are none."""
     return {
-        k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix) and not k.endswith(_NOT_METRICS)
+        k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix) and not k.endswith(NOT_METRICS)
     }
 
 
-def plan_table(method: Method, unit: float, dense: dict[str, str]) -> str:
+def plan_table(method: Method, stays_dense: Mapping[str, str]) -> str:
     """The plan as text: a row a phase with its steps, its sparsity and the largest learning rate.
 
-    `dense` names the weight matrices that stay dense, each with the reason (or "").
+    `stays_dense` names the weight matrices that are not pruned, each with the reason (or "").
     """
     plan, rows = method.plan, [("phase", "steps", "sparsity", "peak learning rate")]
     for phase in plan.phases:
@@ -34,38 +41,50 @@ def plan_table(method: Method, unit: float, dense: dict[str, str]) -> str:
         if phase.cycle == 0:
             name = "dense" if plan.initial_sparsity == 0 else "zeros kept"
         steps = f"{phase.start}-{phase.start + phase.steps - 1} ({phase.steps})"
-        sparsity = "as it comes" if method.implicit_sparsity else f"{phase.sparsity:.2%}"
-        rows.append((name, steps, sparsity, method.describe_peak(phase, unit)))
+        sparsity = "as it comes" if method.traits.finds_sparsity else f"{phase.sparsity:.2%}"
+        rows.append((name, steps, sparsity, method.describe_peak(phase)))
     if len(rows) > MOST_ROWS:
         rows[4:-3] = [("...", "", "", "")]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     weights = f"{method.masks.num_weights:,} prunable weights in {len(method.masks.weights)} tensors"
     lines = [f"Plan: {method.summary}; {weights}", *lines]
-    if not isinstance(method, IterativeMagnitudePruning) and plan.schedule_steps < plan.total_steps:
-        rate = method.rate(plan.total_steps - 1) * unit
+    if not method.traits.has_dense_phase and plan.schedule_steps < plan.total_steps:
+        rate = method.rate(plan.total_steps - 1) * method.run.learning_rate
         lines.append(f"From step {plan.schedule_steps} on fine-tuning (FT) at the learning rate {rate:.3g}.")
     frozen = sum(not weight.requires_grad for weight in method.masks.weights.values())
     if frozen and plan.num_cycles:
         lines.append(
             f"{frozen} of these tensors are frozen: pruned, but never retrained. skip_modules leaves them out."
         )
-    if dense:
-        named = [f"{name} ({reason})" if reason else name for name, reason in dense.items()]
+    if stays_dense:
+        named = [f"{name} ({reason})" if reason else name for name, reason in stays_dense.items()]
         shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
         lines.append(f"Weight matrices that stay dense (embeddings aside): {shown}")
     return "\n".join(lines)
 
 
-def collect_results(trainer, final: dict[str, float]) -> dict:
-    """Everything worth keeping of a finished run, as JSON; `final` are the metrics of the final model."""
-    method, log = trainer.method, trainer.state.log_history
-    prunings = [_pruning(entry, log) for entry in log if "prune_cycle" in entry]
-    settings, rate = trainer.run_settings(), trainer.throughput.per_second()
+def collect_results(
+    method: Method,
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    log_history: list[dict],
+    final: dict[str, float],
+    theoretical_speedup: float | None,
+    samples_per_second: float | None,
+    args: TrainingArguments,
+) -> dict[str, Any]:
+    """Everything worth keeping of a finished run, as JSON.
+
+    `settings` are those that a resumed run must share, `final` the metrics of the final model, `samples_per_second`
+    those of all processes.
+    """
+    prunings = [_pruning(entry, log_history) for entry in log_history if "prune_cycle" in entry]
     return {
-        "method": settings["method"],
+        "method": method.name,
         "plan": method.plan.to_dict(),
         "summary": method.summary,
+        "paper": method.paper,
         "retrain_schedule": settings.get("retrain_schedule"),
         "knobs": settings.get("knobs"),
         "dense_schedule": settings["dense_schedule"],
@@ -73,17 +92,17 @@ def collect_results(trainer, final: dict[str, float]) -> dict:
         "prunings": prunings,
         "final": final,
         "pruning_stability": _stability(prunings[-1]) if prunings else {},
-        "sparsity": sparsities(trainer),
-        "theoretical_speedup": trainer.theoretical_speedup(),
+        "sparsity": sparsities(model, method.masks),
+        "theoretical_speedup": theoretical_speedup,
         "collapsed_layers": method.masks.collapsed,
         "allocation": settings["allocation"],
         "criterion": settings["criterion"],
         "granularity": settings["granularity"],
-        "throughput": {"training_samples_per_second": rate and rate * trainer.args.world_size},
-        "seed": trainer.args.seed,
-        "num_processes": trainer.args.world_size,
+        "throughput": {"training_samples_per_second": samples_per_second},
+        "seed": args.seed,
+        "num_processes": args.world_size,
         "versions": {name: _version(name) for name in ("hf_bimp", "torch", "transformers", "accelerate")},
-        "main_metric": main_metric(trainer.args.metric_for_best_model, final),
+        "main_metric": main_metric(args.metric_for_best_model, final),
     }
 
 
@@ -97,7 +116,7 @@ def _version(package: str) -> str:
 
 def _dense_metrics(method: Method, prunings: list[dict], final: dict) -> dict[str, float]:
     """Those of the dense model that was pruned; pruning-stable methods have none."""
-    if not isinstance(method, IterativeMagnitudePruning):
+    if not method.traits.has_dense_phase:
         return {}
     return prunings[0]["before"] if prunings else final
 
@@ -107,13 +126,13 @@ def _pruning(entry: dict, log: list[dict]) -> dict:
     later = [other["step"] for other in log if "prune_cycle" in other and other["step"] > entry["step"]]
     end = later[0] if later else max(other["step"] for other in log)
     before_next = [
-        _metrics(other, "before_prune_") for other in log if other["step"] == end and "prune_cycle" in other
+        metrics_under(other, "before_prune_") for other in log if other["step"] == end and "prune_cycle" in other
     ]
     return {
         "step": entry["step"],
         **{k.removeprefix("prune_"): v for k, v in entry.items() if k.startswith("prune_")},
-        "before": _metrics(entry, "before_prune_"),
-        "after": _metrics(entry, "after_prune_"),
+        "before": metrics_under(entry, "before_prune_"),
+        "after": metrics_under(entry, "after_prune_"),
         "retrained": before_next[0] if before_next else final_metrics(log, end),
     }
 
@@ -128,14 +147,14 @@ def _stability(pruning: dict) -> dict[str, float]:
     }
 
 
-def sparsities(trainer) -> dict:
+def sparsities(model: nn.Module, masks: Masks) -> dict[str, Any]:
     """Counted zeros, not planned ones: of the prunable weights, of all parameters, and of each prunable tensor."""
-    zeros = {name: int((weight == 0).sum()) for name, weight in trainer.method.masks.weights.items()}
-    parameters = list(trainer.model.parameters())
+    zeros = {name: int((weight == 0).sum()) for name, weight in masks.weights.items()}
+    parameters = list(model.parameters())
     return {
-        "prunable": sum(zeros.values()) / trainer.method.masks.num_weights,
+        "prunable": sum(zeros.values()) / masks.num_weights,
         "all_parameters": sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters),
-        "per_layer": {name: zeros[name] / weight.numel() for name, weight in trainer.method.masks.weights.items()},
+        "per_layer": {name: zeros[name] / weight.numel() for name, weight in masks.weights.items()},
     }
 
 

@@ -82,12 +82,30 @@ class Plan:
         return plan | {"prune_steps": list(self.prune_steps), "sparsities": list(self.sparsities)}
 
 
-def finetune_split(total_steps: int, finetune_ratio: float) -> int:
-    """How many of `total_steps` a pruning-stable method has, before the share `finetune_ratio` of fine-tuning."""
-    steps = total_steps - round(finetune_ratio * total_steps)
-    if steps < 1:
-        raise ValueError(f"finetune_ratio={finetune_ratio} of {total_steps} optimizer steps leaves the method none.")
-    return steps
+@dataclass(frozen=True)
+class Budget:
+    """What a method makes its plan from.
+
+    `total_steps` is T in optimizer steps; None while only arguments are checked. `target_sparsity` is the goal, None
+    where none is given. `initial_sparsity` is that of the zeros to keep, with `keep_zeros`. `finetune_ratio` is the
+    share of T that is fine-tuned after a pruning-stable method.
+    """
+
+    total_steps: int | None = None
+    target_sparsity: float | None = None
+    initial_sparsity: float = 0.0
+    keep_zeros: bool = False
+    finetune_ratio: float = 0.0
+
+    @property
+    def method_steps(self) -> int:
+        """How many steps a pruning-stable method has, before fine-tuning. Raises `ValueError` for none."""
+        steps = self.total_steps - round(self.finetune_ratio * self.total_steps)
+        if steps < 1:
+            raise ValueError(
+                f"finetune_ratio={self.finetune_ratio} of {self.total_steps} optimizer steps leaves the method none."
+            )
+        return steps
 
 
 def gradual_prunings(

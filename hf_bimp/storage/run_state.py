@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,8 @@ from .files import write_json
 STATE_NAME = "bimp_state.json"
 MASKS_NAME = "bimp_masks.safetensors"
 METHOD_NAME = "bimp_method.safetensors"
+STATISTICS_NAME = "bimp_statistics.safetensors"
+FORMAT_VERSION = 2  # 1: without a number, by version 0.1.0; read still
 
 logger = logging.get_logger(__name__)
 
@@ -25,33 +29,57 @@ logger = logging.get_logger(__name__)
 def write_state(
     directory: str,
     settings: dict,
-    progress: dict,
+    state: Mapping[str, Any],
+    statistics: Mapping[str, Tensor],
     history: DenseHistory | None,
     num_processes: int,
-    has_tensors: bool,
 ) -> None:
-    """Writes `settings` (what a resumed run must share), `progress`, and the dense history if there is one yet."""
-    state = {
+    """Writes `settings` (what a resumed run must share), the numbers of the method's `state`, the dense history."""
+    content = {
+        "format_version": FORMAT_VERSION,
         "settings": settings,
-        "progress": progress,
+        "progress": {name: value for name, value in state.items() if not torch.is_tensor(value)},
         "num_processes": num_processes,
-        "has_tensors": has_tensors,
+        "has_tensors": bool(_tensors(state)),
+        "has_statistics": bool(statistics),
         "dense_history": None if history is None else asdict(history),
     }
-    write_json(Path(directory) / STATE_NAME, state)
+    write_json(Path(directory) / STATE_NAME, content)
 
 
-def write_tensors(directory: str, tensors: dict[str, Tensor]) -> None:
-    """Writes what the method has beside the model's weights; no file where that is nothing."""
-    path = Path(directory) / METHOD_NAME
+def write_tensors(directory: str, state: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> None:
+    """Writes the tensors of the method's `state`, and the `statistics` of the criterion; no file for nothing."""
+    _write_or_remove(Path(directory) / METHOD_NAME, _tensors(state))
+    _write_or_remove(Path(directory) / STATISTICS_NAME, statistics)
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if torch.is_tensor(value)}
+
+
+def _write_or_remove(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.unlink(missing_ok=True)  # of a run that was here before
     if tensors:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def read_tensors(directory: str, device: torch.device) -> dict[str, Tensor]:
-    path = Path(directory) / METHOD_NAME
+    """Those of the method's state."""
+    return _read(Path(directory) / METHOD_NAME, device)
+
+
+def read_statistics(directory: str, device: torch.device) -> dict[str, Tensor]:
+    """What the criterion had gathered."""
+    return _read(Path(directory) / STATISTICS_NAME, device)
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in load_file(path).items()} if path.is_file() else {}
+
+
+def is_checkpoint(directory: str) -> bool:
+    """Whether it is one of a run's checkpoints, rather than its final model."""
+    return Path(directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def read_state(checkpoint: str) -> dict:
@@ -62,7 +90,13 @@ def read_state(checkpoint: str) -> dict:
             f"{checkpoint} cannot be resumed: it lacks {STATE_NAME} or {MASKS_NAME}. Checkpoints of hf_bimp hold both "
             "unless save_only_model=True. Start afresh in another output_dir."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("format_version", 1) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {state['format_version']}, and this hf_bimp reads up to {FORMAT_VERSION}. "
+            "Upgrade hf_bimp to the version that wrote it."
+        )
+    return state
 
 
 def check_same_settings(checkpoint: str, saved: dict, current: dict) -> None:
@@ -106,6 +140,7 @@ def is_complete(checkpoint: Path) -> bool:
         return False
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     names += [METHOD_NAME] if state.get("has_tensors") else []
+    names += [STATISTICS_NAME] if state.get("has_statistics") else []
     names += [MASKS_NAME, OPTIMIZER_NAME]  # a folder that was being deleted may lack any of its files
     weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     return all((checkpoint / n).is_file() for n in names) and any((checkpoint / n).is_file() for n in weights)
@@ -124,5 +159,5 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 def forget_completion(directory: str) -> None:
     """Drops the mark of completeness before a checkpoint folder is written anew, in case that is cut off."""
-    if Path(directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+    if is_checkpoint(directory):
         (Path(directory) / TRAINER_STATE_NAME).unlink(missing_ok=True)

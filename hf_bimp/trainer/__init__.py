@@ -1,1 +1,6 @@
 """Everything that ties a run to `transformers.Trainer`."""
+
+from .mixin import BIMPMixin
+from .trainers import BIMPSeq2SeqTrainer, BIMPTrainer
+
+__all__ = ["BIMPMixin", "BIMPSeq2SeqTrainer", "BIMPTrainer"]

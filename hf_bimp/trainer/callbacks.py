@@ -1,41 +1,61 @@
-"""Trainer events, handed on to the trainer's own hooks; the callbacks hold no state."""
+"""Trainer events, handed on to the hooks of a run; the callbacks hold no state."""
+
+from typing import Protocol
 
 from transformers import TrainerCallback
 
 
-class PruningCallback(TrainerCallback):
-    """Hands the events around a step on to the method, and times the steps."""
+class RunHooks(Protocol):
+    """What the events of a run are for."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def announce_run(self) -> None: ...
+
+    def begin_step(self, step: int) -> None: ...
+
+    def before_update(self) -> None: ...
+
+    def after_update(self) -> None: ...
+
+    def end_step(self, step: int) -> None: ...
+
+    def interrupted(self) -> None: ...
+
+    def finish_run(self) -> None: ...
+
+
+class PruningCallback(TrainerCallback):
+    """Hands on the events around a step."""
+
+    def __init__(self, hooks: RunHooks):
+        self.hooks = hooks
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_step(state.global_step)
+        self.hooks.begin_step(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.method.before_update(self.trainer.plain_optimizer)
+        self.hooks.before_update()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.method.after_update()
+        self.hooks.after_update()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.end_step(state.global_step)
+        self.hooks.end_step(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.trainer.throughput.interrupted()
+        self.hooks.interrupted()
 
     def on_save(self, args, state, control, **kwargs):
-        self.trainer.throughput.interrupted()
+        self.hooks.interrupted()
 
 
 class ReportingCallback(TrainerCallback):
     """Announces a run and sums it up; first of all callbacks, while the trackers are open still."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, hooks: RunHooks):
+        self.hooks = hooks
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.announce_run()
+        self.hooks.announce_run()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.finish_run()
+        self.hooks.finish_run()

@@ -1,31 +1,86 @@
 """What a run is going to do, from its arguments, its model and the checkpoint that it continues."""
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from transformers.trainer_utils import has_length
+import torch
+from torch import nn
 from transformers.utils import logging
 
-from ..methods import METHODS, IterativeMagnitudePruning, Method
+from ..arguments import BIMPArgumentsMixin
+from ..methods import Method, Run
 from ..pruning.build import make_masks
-from ..pruning.layers import output_dims
+from ..pruning.layers import layer_infos
 from ..pruning.masks import Masks
 from ..schedules.dense_history import DenseHistory
-from ..schedules.plan import Plan, finetune_split, make_plan
+from ..schedules.plan import Plan
 from ..storage.run_state import find_dense_history
-from .measuring import example_inputs, train_accuracy
 
 logger = logging.get_logger(__name__)
 
+MANY_ZEROS = 0.05  # more of them in a given model are worth a warning
 
-def run_masks(trainer) -> tuple[Masks, dict[str, str]]:
+
+@dataclass(frozen=True)
+class RunSetup:
+    """A run that is ready to start.
+
+    `history`: the dense training that retraining refers to, None where it is not known. `recorded`: what checkpoints
+    tell later runs of it. `stays_dense`: the weight matrices that are not pruned, each with the reason or "".
+    `settings`: what a resumed run must share.
+    """
+
+    method: Method
+    history: DenseHistory | None
+    recorded: DenseHistory | None
+    stays_dense: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def learning_rate(self) -> float:
+        """The unit of the method's rates: the optimizer's own learning rate."""
+        return self.method.run.learning_rate
+
+
+def set_up_run(
+    args: BIMPArgumentsMixin,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    example_inputs: Callable[[], Any],
+    train_accuracy: Callable[[], float] | None,
+    resumed: dict | None,
+) -> RunSetup:
+    """Makes plan, masks and method.
+
+    `optimizer` is out of any wrapper. `resumed` is the state of the checkpoint that the run continues. Raises
+    `ValueError` where the arguments, the model, the budget of `total_steps` and the checkpoint do not go together.
+    """
+    masks, stays_dense = _masks(args, model, example_inputs)
+    plan = _plan(args, masks, total_steps, resumed)
+    masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
+    learning_rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+    given = _given_history(model, resumed)
+    history = _dense_history(args, plan, learning_rate, given)
+    # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
+    recorded = given if args.keep_zeros and not plan.num_cycles else history
+    dense = history and history.rates(unit=learning_rate)
+    run = Run(plan, masks, dense, layer_infos(model), args.seed, learning_rate, train_accuracy)
+    method = args.method_class(run, args.method_settings)
+    return RunSetup(method, history, recorded, stays_dense, _settings(args, method, history))
+
+
+def _masks(
+    args: BIMPArgumentsMixin, model: nn.Module, example_inputs: Callable[[], Any]
+) -> tuple[Masks, dict[str, str]]:
     """The masks of a run, with the zeros that it keeps, and which weight matrices stay dense, with the reasons."""
-    args = trainer.args
-    masks, dense = make_masks(
-        trainer.model,
-        partial(example_inputs, trainer),
+    masks, stays_dense = make_masks(
+        model,
+        example_inputs,
         args.granularity,
-        args.allocation,
-        args.criterion,
+        args.resolved_allocation,
+        args.resolved_criterion,
         args.seed,
         args.prune_modules,
         args.skip_modules,
@@ -37,92 +92,75 @@ def run_masks(trainer) -> tuple[Masks, dict[str, str]]:
                 "keep_zeros=True, but no prunable weight of this model is zero. Load the sparse checkpoint, or "
                 "leave keep_zeros out to prune a dense model."
             )
-    return masks, dense
+    return masks, stays_dense
 
 
-def run_plan(trainer, masks: Masks, num_training_steps: int) -> Plan:
+def _plan(args: BIMPArgumentsMixin, masks: Masks, total_steps: int, resumed: dict | None) -> Plan:
     """When the run prunes, and how far. Raises `ValueError` where the budget or the rule does not allow it."""
-    args, resumed = trainer.args, trainer.resumed
-    method = METHODS[args.method]
-    if method is not IterativeMagnitudePruning:
-        steps = finetune_split(num_training_steps, args.finetune_ratio)
-        plan = Plan(
-            num_training_steps, *method.prunings(steps, args.target_sparsity, **args.knobs), schedule_steps=steps
-        )
-        masks.check_plan([sparsity for sparsity in plan.sparsities if sparsity is not None])
-        return plan
     # Resumed weights hold the zeros of later prunings too.
     initial = resumed["settings"]["plan"]["initial_sparsity"] if resumed else masks.sparsity
-    num_cycles = 0 if args.method == "dense" else args.num_cycles
-    plan = make_plan(
-        num_training_steps, args.target_sparsity, num_cycles, args.dense_ratio, args.prune_fraction, initial
-    )
-    masks.check_plan(plan.sparsities)
-    zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
-    if plan.num_cycles and not args.keep_zeros and not resumed and zeros > 0.05:
-        logger.warning(
-            f"{zeros:.1%} of the prunable weights are zero already. Without keep_zeros=True they may grow back "
-            "before they are pruned, at no impact and so at a low learning rate."
-        )
-    if args.retrain_schedule == "acc_allr" and not has_length(trainer.train_dataset):
+    plan = args.method_class.make_plan(args.budget(total_steps, initial), args.method_settings)
+    masks.check_plan([sparsity for sparsity in plan.sparsities if sparsity is not None])
+    if masks.needs_gradients and plan.prune_steps and plan.prune_steps[0] == 0:
         raise ValueError(
-            "retrain_schedule='acc_allr' measures the accuracy on the whole training set, and this one has no "
-            "length. Use a sized data set, or allr."
+            f"criterion={args.resolved_criterion!r} goes by gradients, and the plan prunes before the first step. "
+            "Train before it prunes (dense_ratio above 0), or use criterion='magnitude'."
         )
+    zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
+    if plan.num_cycles and args.method_class.traits.keeps_zeros and not args.keep_zeros and not resumed:
+        if zeros > MANY_ZEROS:
+            logger.warning(
+                f"{zeros:.1%} of the prunable weights are zero already. Without keep_zeros=True they may grow back "
+                "before they are pruned, at no impact and so at a low learning rate."
+            )
     return plan
 
 
-def given_history(trainer) -> DenseHistory | None:
+def _given_history(model: nn.Module, resumed: dict | None) -> DenseHistory | None:
     """The dense training that the given model had before this run, where its checkpoint tells."""
-    if trainer.resumed:
-        saved = trainer.resumed["dense_history"]
+    if resumed:
+        saved = resumed["dense_history"]
         return saved and DenseHistory(**saved)
-    return find_dense_history(getattr(getattr(trainer.model, "config", None), "name_or_path", ""))
+    return find_dense_history(getattr(getattr(model, "config", None), "name_or_path", ""))
 
 
-def dense_history(trainer, plan: Plan, learning_rate: float) -> DenseHistory | None:
+def _dense_history(
+    args: BIMPArgumentsMixin, plan: Plan, learning_rate: float, given: DenseHistory | None
+) -> DenseHistory | None:
     """The dense phase of the run, or with none in it that of the given model, if it is known."""
-    args = trainer.args
-    if plan.schedule_steps == 0 and args.dense_steps is None:
-        history = given_history(trainer)
-        if history is not None:
+    dense_steps = args.dense_steps if args.method_class.traits.has_dense_phase else None
+    if plan.schedule_steps == 0 and dense_steps is None:
+        if given is not None:
             logger.warning(
-                f"The model's checkpoint tells of its dense training: {history}. The retraining refers to it; "
+                f"The model's checkpoint tells of its dense training: {given}. The retraining refers to it; "
                 "learning_rate and lr_scheduler_type have no effect on this run. dense_steps would overrule it."
             )
-        if history is None and args.retrain_schedule in ("allr", "acc_allr"):
-            logger.warning(
-                f"The dense training of this model is not known, so {args.retrain_schedule} goes by the pruning's "
-                "impact d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
-            )
-        return history
-    steps = plan.schedule_steps or args.dense_steps
-    given = {
+        return given
+    steps = plan.schedule_steps or dense_steps
+    schedule = {
         "lr_scheduler_type": args.lr_scheduler_type.value,
         "warmup_steps": args.get_warmup_steps(steps),
         "lr_scheduler_kwargs": dict(args.lr_scheduler_kwargs or {}),
         "lr_gamma": args.lr_gamma,
     }
-    given |= METHODS[args.method].dense_schedule(**args.knobs)
+    schedule |= args.method_class.dense_schedule(args.method_settings) or {}
     if args.lr_milestones is not None:
-        given["lr_milestones"] = args.lr_milestones
-    return DenseHistory(steps, learning_rate, **given)
+        schedule["lr_milestones"] = args.lr_milestones
+    return DenseHistory(steps, learning_rate, **schedule)
 
 
-def make_method(trainer, plan: Plan, masks: Masks, history: DenseHistory | None, base: float) -> Method:
-    """The method of a run, whose rates are multiples of `base`."""
-    args = trainer.args
-    dense = history and history.rates(unit=base)
-    method = METHODS[args.method]
-    if method is not IterativeMagnitudePruning:
-        return method(plan, masks, dense, output_dims(trainer.model), **args.knobs)
-    return IterativeMagnitudePruning(
-        plan,
-        masks,
-        eta_1=dense.peak if dense else 1.0,
-        dense=dense,
-        retrain_schedule=args.retrain_schedule,
-        tuned_rate=args.retrain_learning_rate and args.retrain_learning_rate / base,
-        warmup_ratio=args.retrain_warmup_ratio,
-        train_accuracy=partial(train_accuracy, trainer),
-    )
+def _settings(args: BIMPArgumentsMixin, method: Method, history: DenseHistory | None) -> dict[str, Any]:
+    return {
+        "method": args.method,
+        "plan": method.plan.to_dict(),
+        **method.settings,
+        "dense_schedule": history and asdict(history),
+        "keep_zeros": args.keep_zeros,
+        "learning_rate": method.run.learning_rate if history is None else None,
+        "granularity": args.granularity,
+        "allocation": None if method.traits.finds_sparsity else args.resolved_allocation,
+        "criterion": args.resolved_criterion,
+        "random_seed": args.seed if args.resolved_criterion == "random" else None,
+        "prune_modules": args.prune_modules,
+        "skip_modules": args.skip_modules,
+    }

@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def is_implicit(self) -> bool:
-        return METHODS[self.method].implicit_sparsity
+        return METHODS[self.method].traits.finds_sparsity
 
 
 @dataclass

@@ -1,0 +1,21 @@
+"""Ranges for the fields of a `Config`: `Annotated[float, between(0, 1)]`."""
+
+from collections.abc import Callable
+
+
+def at_least(low: float) -> Callable[[float], None]:
+    def check(value: float) -> None:
+        if not value >= low:
+            raise ValueError(f"{value} must be at least {low}.")
+
+    return check
+
+
+def between(low: float, high: float) -> Callable[[float], None]:
+    """Strictly."""
+
+    def check(value: float) -> None:
+        if not low < value < high:
+            raise ValueError(f"{value} must lie strictly between {low} and {high}.")
+
+    return check
