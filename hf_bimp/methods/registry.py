@@ -70,11 +70,12 @@ def make_config(method: type[Method], given: Mapping[str, Any]) -> Any:
         if plain[name] in (int, float) and isinstance(value, bool):
             raise ValueError(f"method_config: {name}={value!r} must be a number.")
     hints = get_type_hints(method.Config, include_extras=True)
-    try:
-        validate_typed_dict(TypedDict("Settings", {name: hints[name] for name in values}), values)
-    except StrictDataclassFieldValidationError as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"method_config of method={method.name!r}: {reason}") from error
+    for name, value in values.items():
+        try:
+            validate_typed_dict(TypedDict("Setting", {name: hints[name]}), {name: value})
+        except StrictDataclassFieldValidationError as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"method_config of method={method.name!r}: {name}: {reason}") from error
     return method.Config(**values)
 
 

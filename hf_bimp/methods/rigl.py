@@ -23,10 +23,8 @@ class RigLConfig:
 
 @register_method
 class RigL(Method):
-    """Every Delta T steps before T_end, each layer swaps weights in place of the optimizer's step.
-
-    Of those left, alpha / 2 * (1 + cos(pi * t / T_end)), the smallest, are dropped; as many grow from zero where the
-    gradient is largest among all that are pruned then.
+    """Every Delta T steps before T_end, in place of an update, each layer drops its smallest weights, a share of
+    alpha / 2 * (1 + cos(pi * t / T_end)); as many grow from zero where the gradient is largest.
     """
 
     name = "rigl"
@@ -48,19 +46,15 @@ class RigL(Method):
 
     @torch.no_grad()
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.swaps:
-            return
-        progress = self.step / (self.config.end * self.plan.schedule_steps)
-        share = self.config.fraction / 2 * (1 + math.cos(math.pi * progress))
-        for name, pruned in self.masks.pruned.items():
-            weight, done = self.masks.weights[name], int(pruned.count_nonzero())
-            count = int(share * (weight.numel() - done))
-            if weight.grad is None or not count:
-                continue
-            fewer = pruned.clone()
-            prune_smallest([weight], [fewer], done + count)
-            rest = ~fewer  # with, of the others, all but the largest gradients
-            prune_smallest([weight], [rest], weight.numel() - count, [weight.grad.abs()])
-            self.masks.swap({name: fewer & ~pruned}, {name: ~rest})
-        self.masks.mask_optimizer_state(optimizer)
-        skip_update(optimizer)
+        if self.swaps:
+            progress = self.step / (self.config.end * self.plan.schedule_steps)
+            share = self.config.fraction / 2 * (1 + math.cos(math.pi * progress))
+            for name, pruned in self.masks.pruned.items():
+                weight, left = self.masks.weights[name], int((~pruned).count_nonzero())
+                if weight.grad is not None and (count := int(share * left)):
+                    prune_smallest([weight], [fewer := pruned.clone()], weight.numel() - left + count)
+                    rest = ~fewer  # with, of the others, all but the largest gradients
+                    prune_smallest([weight], [rest], weight.numel() - count, [weight.grad.abs()])
+                    self.masks.swap({name: fewer & ~pruned}, {name: ~rest})
+            self.masks.mask_optimizer_state(optimizer)
+            skip_update(optimizer)

@@ -87,17 +87,13 @@ class Masks:
 
     @torch.no_grad()
     def swap(self, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> None:
-        """Prunes the weights that are True in `drop`, and gives those back that are True in `grow`, by name.
+        """Prunes the weights that are True in `drop`, and gives those back that are True in `grow`, by the same names.
 
         A pruned weight that is given back starts from zero; one in both stays what it is.
         """
-        pruned = self.pruned or self._empty()
-        for name, mask in pruned.items():
-            if name in drop:
-                mask = mask | drop[name]
-            pruned[name] = mask & ~grow[name] if name in grow else mask
-        self.pruned = pruned
-        self.mask_weights()
+        for name, dropped in drop.items():
+            self.pruned[name] = (self.pruned[name] | dropped) & ~grow[name]
+            self.weights[name].masked_fill_(self.pruned[name], 0)
 
     @property
     def needs_gradients(self) -> bool:

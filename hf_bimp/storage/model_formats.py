@@ -32,9 +32,9 @@ class _Config(dict):
     """A dict that takes attributes."""
 
 
-def let_trainer_configure(model: nn.Module | None) -> None:
+def let_trainer_configure(model: nn.Module | str | None) -> None:
     """Trainer sets attributes on `model.config`, which segmentation-models-pytorch has as a plain dict."""
-    if model is not None and library_of(model) == "segmentation_models_pytorch":
+    if isinstance(model, nn.Module) and library_of(model) == "segmentation_models_pytorch":
         model._hub_mixin_config = _Config(model.config)  # what model.config gives; it cannot be set itself
 
 

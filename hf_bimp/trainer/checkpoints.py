@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..methods import Method
+from ..schedules.plan import Plan
 from ..storage import run_state
 from ..storage.model_formats import weights_trainer_misses, write_config
 from .setup import RunSetup
@@ -16,8 +18,18 @@ _Base = Trainer if TYPE_CHECKING else object
 class CheckpointHooks(_Base):
     """A mixin over `Trainer`: saves method, masks and plan with the model; resumes from complete checkpoints."""
 
-    _run: RunSetup | None = None  # made when training begins
+    _bimp_run: RunSetup | None = None  # made when training begins
     resumed: dict | None = None  # the state of the checkpoint that this run continues
+
+    @property
+    def method(self) -> Method | None:
+        """What prunes; None until `train()` has made it."""
+        return self._bimp_run and self._bimp_run.method
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the run; None until `train()` has made it."""
+        return self._bimp_run and self._bimp_run.method.plan
 
     def choose_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The folder to go on from, by what `train()` was given; reads its state. Raises `ValueError` for none."""
@@ -44,11 +56,11 @@ class CheckpointHooks(_Base):
         super()._save(output_dir, *args, **kwargs)
         if self.args.should_save and not isinstance(self.model, PreTrainedModel):  # they have written theirs
             write_config(self.model, Path(output_dir))
-        if self.args.should_save and self._run is not None:
-            self._save_run(output_dir)
+        if self.args.should_save and self._bimp_run is not None:
+            self._save_bimp_run(output_dir)
 
-    def _save_run(self, output_dir: str) -> None:
-        run, method = self._run, self._run.method
+    def _save_bimp_run(self, output_dir: str) -> None:
+        run, method = self._bimp_run, self._bimp_run.method
         is_dense_over = self.state.global_step >= method.plan.schedule_steps or run.recorded is not run.history
         history = run.recorded if is_dense_over else None
         state, statistics = method.state_dict(), method.masks.statistics
@@ -80,9 +92,9 @@ class CheckpointHooks(_Base):
 
     # Private: the moment when model, optimizer and method are there and nothing has been trained yet.
     def _load_optimizer_and_scheduler(self, checkpoint):
-        run_state.check_same_settings(checkpoint, self.resumed["settings"], self._run.settings)
+        run_state.check_same_settings(checkpoint, self.resumed["settings"], self._bimp_run.settings)
         super()._load_optimizer_and_scheduler(checkpoint)
-        method = self._run.method
+        method = self._bimp_run.method
         method.masks.load(Path(checkpoint) / run_state.MASKS_NAME)
         method.masks.statistics = run_state.read_statistics(checkpoint, self.args.device)
         tensors = run_state.read_tensors(checkpoint, self.args.device)

@@ -1,49 +1,40 @@
 """`BIMPMixin`: makes any `Trainer`'s `train()` one whole run of training, prunings and retrainings."""
 
-import contextlib
-import copy
-from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import ProgressCallback, Trainer
+from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..arguments import BIMPArgumentsMixin
-from ..methods import Method
 from ..pruning.layers import find_prunable
-from ..reporting.flops import MultiplyAdds
 from ..reporting.model_card import CardSource, add_to_model_card, write_model_card
 from ..reporting.plots import write_layer_plot, write_plot
 from ..reporting.results import (
     collect_results,
     final_metrics,
     measures,
-    metrics_under,
     plan_table,
     sparsities,
     write_results,
 )
 from ..reporting.throughput import Throughput
-from ..reproducibility import align_memory, preserved_random_state
-from ..schedules.plan import Plan
+from ..reproducibility import align_memory
 from ..storage.model_formats import let_trainer_configure
 from ..support import check_devices, check_model, check_optimizer, check_scheduler, check_sharding
 from .callbacks import PruningCallback, ReportingCallback
-from .checkpoints import CheckpointHooks
-from .checks import check_ranks_agree, report_collapse, warn_of_unused
+from .checks import check_ranks_agree, report_collapse
 from .lr_scheduler import PlannedScheduler
-from .measuring import accuracy, check_readable_twice, first_items, try_to_count
+from .measuring import MeasuringHooks
 from .setup import set_up_run
 
 logger = logging.get_logger(__name__)
 
 
-class BIMPMixin(CheckpointHooks):
+class BIMPMixin(MeasuringHooks):
     """Trains, prunes and retrains within one `train()` call, as the arguments of `BIMPArgumentsMixin` say.
 
     To put before any subclass of `Trainer`; it takes what that takes, except for a learning-rate scheduler of one's
@@ -53,11 +44,7 @@ class BIMPMixin(CheckpointHooks):
         class SparseSFTTrainer(BIMPMixin, SFTTrainer): ...
     """
 
-    _trial = None  # of a hyperparameter search
-    _ignore_keys: list[str] | None = None  # as given to train()
-    _is_measuring = False  # whether metrics around a pruning are being taken
-    _multiply_adds: MultiplyAdds | None = None  # of one pass over two training items
-    _waits_for_batch = False  # whether they are counted on the first batch
+    _bimp_trial = None  # of a hyperparameter search
     results: dict | None = None  # of the finished run, as in bimp_results.json
 
     def __init__(self, *args, **kwargs):
@@ -82,19 +69,9 @@ class BIMPMixin(CheckpointHooks):
         self.callback_handler.callbacks.insert(0, ReportingCallback(self))
 
     @property
-    def method(self) -> Method | None:
-        """What prunes; None until `train()` has made it."""
-        return self._run and self._run.method
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the run; None until `train()` has made it."""
-        return self._run and self._run.method.plan
-
-    @property
     def base_learning_rate(self) -> float:
         """The unit of the method's rates: the optimizer's own learning rate."""
-        return self._run.learning_rate
+        return self._bimp_run.learning_rate
 
     # ---- Setting up a run ----
 
@@ -106,7 +83,7 @@ class BIMPMixin(CheckpointHooks):
         from do not go together, before anything is trained or written.
         """
         resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
-        self._ignore_keys, self._trial = ignore_keys_for_eval, trial
+        self._ignore_keys_around_pruning, self._bimp_trial = ignore_keys_for_eval, trial
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -126,13 +103,13 @@ class BIMPMixin(CheckpointHooks):
         if self.method is not None:  # of an earlier train() with the same optimizer
             self.method.detach(self.plain_optimizer)
         measurable = has_length(self.train_dataset)
-        self._run = set_up_run(
+        self._bimp_run = set_up_run(
             self.args,
             self.model,
             self.plain_optimizer,
             num_training_steps,
-            self._example_inputs,
-            self._train_accuracy if measurable else None,
+            self._bimp_example_inputs,
+            self._bimp_train_accuracy if measurable else None,
             self.resumed,
         )
         self.method.attach(self.plain_optimizer)
@@ -142,13 +119,10 @@ class BIMPMixin(CheckpointHooks):
 
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
-        self._multiply_adds, self.throughput = None, Throughput()
-        # Data without a length may be a stream that gives every item once: counted on its first batch, when it comes.
-        self._waits_for_batch = not has_length(self.train_dataset)
-        if not self._waits_for_batch:
-            self._count(self._example_inputs())
+        self.throughput = Throughput()
+        self.count_multiply_adds()
         if self.is_world_process_zero():
-            print(plan_table(self.method, self._run.stays_dense), flush=True)
+            print(plan_table(self.method, self._bimp_run.stays_dense), flush=True)
         if self.resumed and not float(self.state.epoch or 0).is_integer():
             what = "Items that draw random numbers (augmentation) come out differently than without the interruption"
             if self.args.train_sampling_strategy == "group_by_length":
@@ -168,13 +142,11 @@ class BIMPMixin(CheckpointHooks):
         """
         self.method.begin_step(step)
         if self.method.is_due(step):
-            self._prune()
+            self._prune_and_report()
         self.lr_scheduler.set_step(step)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if self._waits_for_batch:
-            self._waits_for_batch = False
-            self._count(self._as_the_model_gets_them(inputs))
+        self.count_multiply_adds(inputs)
         self.throughput.trained_on(find_batch_size(inputs) or 0)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # Here and not in on_pre_optimizer_step: clipping comes between, and its norm must not see pruned weights.
@@ -200,20 +172,20 @@ class BIMPMixin(CheckpointHooks):
         self.throughput.step_ended()
         if step == self.plan.total_steps and self.method.is_due(step):
             should_log = self.control.should_log
-            self._prune()
+            self._prune_and_report()
             self.control.should_log = should_log  # logging the pruning has taken it for done
 
     def interrupted(self) -> None:
         """Something else than training takes time."""
         self.throughput.interrupted()
 
-    def _prune(self) -> None:
+    def _prune_and_report(self) -> None:
         measured, before, after = self.method.is_measured and self.args.evaluate_prunings, {}, {}
         if measured:
             self.throughput.interrupted()
             done = final_metrics(self.state.log_history, self.state.global_step)  # of an evaluation just before
-            before = done or self._metrics()
-        pruning = self.method.prune(self.optimizer)
+            before = done or self._metrics_around_pruning()
+        pruning = self.method.prune(self.plain_optimizer)
         check_ranks_agree(self.accelerator, self.method.masks, pruning)
         if self.method.traits.is_hard or self.method.is_complete:
             report_collapse(self.method.masks, pruning, self.args.on_collapse)
@@ -225,78 +197,13 @@ class BIMPMixin(CheckpointHooks):
         if (speedup := self.theoretical_speedup()) is not None:
             record["prune_theoretical_speedup"] = speedup
         if measured:
-            after = self._metrics()
+            after = self._metrics_around_pruning()
         record |= {f"before_prune_{name}": value for name, value in before.items()}
         self.log(record | {f"after_prune_{name}": value for name, value in after.items()})
-
-    # ---- Measuring ----
-
-    def _metrics(self) -> dict[str, Any]:
-        """Metrics of the model as it is on the evaluation data, without leaving a trace in the run."""
-        if self.eval_dataset is None:
-            return {}
-        with self._measuring(), preserved_random_state():
-            return metrics_under(self.evaluate(ignore_keys=self._ignore_keys), "eval_")
-
-    @contextlib.contextmanager
-    def _measuring(self) -> Iterator[None]:
-        """Evaluations that are not logged, and that callbacks (early stopping) do not see."""
-        callbacks, control = self.callback_handler.callbacks, copy.copy(self.control)
-        self.callback_handler.callbacks = [c for c in callbacks if isinstance(c, ProgressCallback)]
-        self._is_measuring = True
-        try:
-            yield
-        finally:
-            self._is_measuring, self.callback_handler.callbacks, self.control = False, callbacks, control
-
-    def _train_accuracy(self) -> float:
-        """On the whole training set, in evaluation mode."""
-
-        def forward(inputs: dict[str, Any]) -> Any:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, inputs, return_outputs=True)[1]
-
-        batches = map(self._prepare_inputs, self.get_test_dataloader(self.train_dataset))
-        self.model.eval()
-        with preserved_random_state():
-            share = accuracy(batches, forward, self.accelerator.gather_for_metrics, self._loss_shifts_labels)
-        self.model.train()
-        return share
-
-    def _example_inputs(self) -> dict[str, Any]:
-        """The first training items as the model gets them, on its device."""
-        check_readable_twice(self.train_dataset)
-        with preserved_random_state():
-            batch = next(iter(self.get_test_dataloader(self.train_dataset)))
-            return self._as_the_model_gets_them(batch)
-
-    def _as_the_model_gets_them(self, batch: dict[str, Any]) -> dict[str, Any]:
-        inputs = dict(self._prepare_inputs(batch))
-        if self.compute_loss_func is not None:
-            inputs.pop("labels", None)  # Trainer keeps them for the loss
-        return first_items(inputs)
-
-    def _count(self, inputs: dict[str, Any]) -> None:
-        self._multiply_adds = try_to_count(self.model, inputs)
-        warn_of_unused(self.model, self.method.masks, self._multiply_adds)
-
-    def theoretical_speedup(self) -> float | None:
-        """Multiply-adds of the dense model over those of the model as it is; None where they cannot be counted."""
-        if self._multiply_adds is None:
-            return None
-        weights = self.method.masks.weights
-        return self._multiply_adds.speedup({n: int(w.count_nonzero()) / w.numel() for n, w in weights.items()})
 
     # Private: before the last pruning nothing is best. EarlyStoppingCallback waits too, for its patience starts there.
     def _determine_best_metric(self, metrics, trial):
         return self.method.is_complete and super()._determine_best_metric(metrics, trial)
-
-    def log(self, logs, *args, **kwargs):
-        if self._is_measuring:
-            return
-        if "loss" in logs and self.method is not None and self.method.traits.finds_sparsity:
-            logs = logs | {"sparsity": self.method.sparsity}  # what its settings are tuned by
-        super().log(logs, *args, **kwargs)
 
     # ---- The end ----
 
@@ -307,18 +214,18 @@ class BIMPMixin(CheckpointHooks):
                 f"Training stopped after {self.method.cycle} of {self.plan.num_cycles} prunings: the model is "
                 f"{sparsities(self.model, self.method.masks)['prunable']:.2%} sparse."
             )
-        if self.eval_dataset is not None and not self._final_metrics():
-            self.evaluate(ignore_keys=self._ignore_keys)
-        directory = self._get_output_dir(self._trial)
-        if self.args.save_strategy != "no" and self._trial is None:
+        if self.eval_dataset is not None and not self._metrics_of_final_model():
+            self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
+        directory = self._get_output_dir(self._bimp_trial)
+        if self.args.save_strategy != "no" and self._bimp_trial is None:
             self.save_model(_internal_call=True)
         rate = self.throughput.per_second()
         self.results = collect_results(
             self.method,
-            self._run.settings,
+            self._bimp_run.settings,
             self.model,
             self.state.log_history,
-            self._final_metrics(),
+            self._metrics_of_final_model(),
             self.theoretical_speedup(),
             rate and rate * self.args.world_size,
             self.args,
@@ -329,7 +236,7 @@ class BIMPMixin(CheckpointHooks):
             write_layer_plot(directory, self.results)
             write_plot(directory, self.results, self.state.log_history, self.method)
 
-    def _final_metrics(self) -> dict[str, float]:
+    def _metrics_of_final_model(self) -> dict[str, float]:
         """Of the model as it is now: the best one, if that was loaded, or the last."""
         is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         step = self.state.best_global_step if is_best else self.state.global_step

@@ -40,6 +40,8 @@ METHODS: dict[str, dict] = {
     "cs": {},
     "str": {},
     "dst": {},
+    "movement": {"target_sparsity": GOAL, "method_config": {"num_prunings": 1}},
+    "rigl": {"target_sparsity": GOAL},
 }
 TARGETS = {"bimp": 0.97, "gmp": 0.97, "lc": 0.85, "gsm": 0.85, "dpf": 0.85}  # of dense throughput; 0.6 for the others
 
