@@ -1,2 +1,3 @@
 from setuptools import setup  # The metadata is in pyproject.toml.
+
 setup()

@@ -3,7 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -137,7 +137,7 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
         method = self.method_class
         if method.Config in FLAT_CONFIGS:
             return method.Config(**{name: getattr(self, name) for name in setting_names(method)})
-        return make_config(method, self.method_config or {})
+        return make_config(method, cast(dict, self.method_config or {}))
 
     @property
     def goal(self) -> float | None:

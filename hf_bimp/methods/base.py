@@ -3,7 +3,7 @@
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +106,11 @@ class Method(ABC):
     paper: ClassVar[str | None] = None  # for the model card, where `description` does not tell
     Config: ClassVar[type] = NoConfig  # a dataclass: its settings
     traits: Traits = Traits()
+    cycle = 0  # how many prunings are done
 
     def __init__(self, run: Run, config: Any = None):
         self.run, self.config = run, self.Config() if config is None else config
         self.plan, self.masks, self.dense = run.plan, run.masks, run.dense
-        self.cycle = 0  # how many prunings are done
         self.step = 0  # that the model's weights are ready for
 
     # ---- Before a run ----
@@ -129,7 +129,7 @@ class Method(ABC):
         """When it prunes, and how far. Raises `ValueError` where the budget does not allow it."""
         steps = budget.method_steps
         times, sparsities = cls.prunings(steps, budget.target_sparsity, config)
-        return Plan(budget.total_steps, times, sparsities, schedule_steps=steps)
+        return Plan(budget.steps, times, sparsities, schedule_steps=steps)
 
     @classmethod
     def prunings(
@@ -182,7 +182,13 @@ class Method(ABC):
 
     @property
     def goal(self) -> float:
-        return self.plan.sparsities[-1]
+        """The sparsity to reach, of a method that has one."""
+        return cast(float, self.plan.sparsities[-1])
+
+    @property
+    def schedule(self) -> DenseRates:
+        """The learning rates of the first `plan.schedule_steps`, of a method that has any."""
+        return cast(DenseRates, self.run.dense)
 
     @property
     def is_complete(self) -> bool:
@@ -203,7 +209,7 @@ class Method(ABC):
 
     def scheduled_rate(self, step: int) -> float:
         """That of one of the first `schedule_steps`."""
-        return self.dense.rates[step]
+        return self.schedule.rates[step]
 
     def planned_peak(self, phase: Phase) -> float:
         """The largest rate of a phase."""
@@ -227,7 +233,7 @@ class Method(ABC):
 
     def sparsify(self, sparsity: float | None, optimizer: torch.optim.Optimizer) -> tuple[float | None, float]:
         """Prunes to `sparsity`; the threshold and ||W - W_p||_2."""
-        selection = self.masks.prune(sparsity)
+        selection = self.masks.prune(cast(float, sparsity))
         self.masks.mask_optimizer_state(optimizer)
         return selection.threshold, selection.removed_norm
 

@@ -1,9 +1,9 @@
 """Iterative magnitude pruning with a learning rate restarted at each pruning: IMP and, in one budget, BIMP."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.utils import logging
@@ -96,15 +96,19 @@ class IterativeMagnitudePruning(Method):
 
     def __init__(self, run: Run, config: BIMPConfig | None = None):
         super().__init__(run, config)
-        self.schedule = self.config.retrain_schedule
+        self.retrain_schedule = self.config.retrain_schedule
         tuned = self.config.retrain_learning_rate
         self.tuned_rate = None if tuned is None else tuned / run.learning_rate
         given = self.config.retrain_warmup_ratio
-        self.warmup_ratio = default_warmup_ratio(self.schedule) if given is None else given
+        self.warmup_ratio = default_warmup_ratio(self.retrain_schedule) if given is None else given
         self.eta_1 = 1.0 if run.dense is None else run.dense.peak
         self.peaks: list[float] = []  # of the cycles begun so far
         self.dense_accuracy: float | None = None  # on the training set, for acc_allr
         self._check_run()
+
+    @property
+    def cycle(self) -> int:  # type: ignore[override]  # counted by the peaks, which the base counts itself
+        return len(self.peaks)
 
     @classmethod
     def check(cls, config: BIMPConfig, budget: Budget) -> None:
@@ -138,7 +142,7 @@ class IterativeMagnitudePruning(Method):
     @classmethod
     def make_plan(cls, budget: Budget, config: BIMPConfig) -> Plan:
         return make_plan(
-            budget.total_steps,
+            budget.steps,
             budget.target_sparsity,
             config.num_cycles,
             config.dense_ratio,
@@ -150,19 +154,19 @@ class IterativeMagnitudePruning(Method):
         check_schedule(self.config)
         dense, plan = self.dense, self.plan
         if plan.num_cycles and dense is None:
-            if self.schedule in NEED_DENSE_HISTORY:
+            if self.retrain_schedule in NEED_DENSE_HISTORY:
                 raise ValueError(
-                    f"retrain_schedule={self.schedule!r} needs the dense schedule, and the model's dense training is "
-                    "not known: the checkpoint has none of its records. Give dense_steps (its length in optimizer "
-                    "steps) with learning_rate, lr_scheduler_type and warmup_steps as they were, or use allr, which "
-                    "then goes by the pruning's impact alone."
+                    f"retrain_schedule={self.retrain_schedule!r} needs the dense schedule, and the model's dense "
+                    "training is not known: the checkpoint has none of its records. Give dense_steps (its length in "
+                    "optimizer steps) with learning_rate, lr_scheduler_type and warmup_steps as they were, or use "
+                    "allr, which then goes by the pruning's impact alone."
                 )
-            if self.schedule in ("allr", "acc_allr"):
+            if self.retrain_schedule in ("allr", "acc_allr"):
                 logger.warning(
-                    f"The dense training of this model is not known, so {self.schedule} goes by the pruning's impact "
-                    "d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
+                    f"The dense training of this model is not known, so {self.retrain_schedule} goes by the pruning's "
+                    "impact d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
                 )
-        if self.schedule == "acc_allr" and plan.num_cycles and self.run.train_accuracy is None:
+        if self.retrain_schedule == "acc_allr" and plan.num_cycles and self.run.train_accuracy is None:
             raise ValueError(
                 "retrain_schedule='acc_allr' measures the accuracy on the whole training set, and this one has no "
                 "length. Use a sized data set, or allr."
@@ -173,7 +177,7 @@ class IterativeMagnitudePruning(Method):
                 "warmup_steps, or a longer dense phase."
             )
         longest = max((phase.steps for phase in plan.phases if phase.cycle), default=0)
-        if self.schedule == "lrw" and longest and longest > dense.steps:
+        if self.retrain_schedule == "lrw" and dense is not None and longest > dense.steps:
             raise ValueError(
                 f"retrain_schedule='lrw' replays the last {longest} learning rates of the dense training, which had "
                 f"only {dense.steps} steps. Use more cycles, a larger dense_ratio, or another schedule."
@@ -184,43 +188,44 @@ class IterativeMagnitudePruning(Method):
         cycles = self.plan.num_cycles
         if not cycles:
             return "no pruning, only training" + (" with the zeros held" if self.plan.initial_sparsity else "")
-        return f"{cycles} prune-retrain cycle{'s' * (cycles > 1)}, retraining by {self.schedule}"
+        return f"{cycles} prune-retrain cycle{'s' * (cycles > 1)}, retraining by {self.retrain_schedule}"
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`."""
         phase = self.plan.phase(step)
         if phase.cycle == 0:
-            return self.dense.rates[step]
+            return self.schedule.rates[step]
         peak = self.peaks[phase.cycle - 1]
-        return retrain_rate(self.schedule, step - phase.start, phase.steps, peak, self.dense, self.warmup_ratio)
+        return retrain_rate(
+            self.retrain_schedule, step - phase.start, phase.steps, peak, self.dense, self.warmup_ratio
+        )
 
     def planned_peak(self, phase: Phase) -> float:
         """The largest rate of a cycle whose schedule does not wait for the pruning."""
-        return retrain_peak(self.schedule, phase.steps, self.eta_1, self.dense, 1.0, self.tuned_rate)
+        return retrain_peak(self.retrain_schedule, phase.steps, self.eta_1, self.dense, 1.0, self.tuned_rate)
 
     def describe_peak(self, phase: Phase) -> str:
         unit = self.run.learning_rate
         if phase.cycle == 0:
-            return f"{self.dense.peak * unit:.3g}"
+            return f"{self.schedule.peak * unit:.3g}"
         if phase.cycle <= self.cycle:
             return f"{self.peaks[phase.cycle - 1] * unit:.3g}"
-        if self.schedule in ADAPTIVE:
+        if self.retrain_schedule in ADAPTIVE:
             return f"d * {self.eta_1 * unit:.3g}"
         return super().describe_peak(phase)
 
     def prune(self, optimizer: torch.optim.Optimizer) -> Pruning:
         """Does the next pruning: masks, weights, the state of `optimizer`, and the next cycle's peak rate."""
-        if self.schedule == "acc_allr" and self.dense_accuracy is None:
-            self.dense_accuracy = self.run.train_accuracy()
+        if self.retrain_schedule == "acc_allr" and self.dense_accuracy is None:
+            self.dense_accuracy = self._train_accuracy()
         phase = self.plan.cycle_phase(self.cycle + 1)
-        selection = self.masks.prune(phase.sparsity)
+        selection = self.masks.prune(cast(float, phase.sparsity))
         self.masks.mask_optimizer_state(optimizer)
         d1 = min(max(self._impact(selection, phase), 0.0), 1.0)
         d2 = None if self.dense is None else min(phase.steps / self.dense.steps, 1.0)
-        d = discount(self.schedule, d1, d2)
-        peak = retrain_peak(self.schedule, phase.steps, self.eta_1, self.dense, d, self.tuned_rate)
+        d = discount(self.retrain_schedule, d1, d2)
+        peak = retrain_peak(self.retrain_schedule, phase.steps, self.eta_1, self.dense, d, self.tuned_rate)
         self.peaks.append(peak)
-        self.cycle += 1
         return Pruning(
             cycle=phase.cycle,
             step=phase.start,
@@ -233,17 +238,21 @@ class IterativeMagnitudePruning(Method):
             collapsed_layers=len(self.masks.collapsed),
         )
 
+    def _train_accuracy(self) -> float:
+        return cast(Callable[[], float], self.run.train_accuracy)()
+
     def _impact(self, selection: Selection, phase: Phase) -> float:
         """d1 before it is clipped: the relative change of the weights, or of the training accuracy for acc_allr."""
-        if self.schedule == "acc_allr":
-            return (self.dense_accuracy - self.run.train_accuracy()) / (self.dense_accuracy or 1.0)
+        if self.retrain_schedule == "acc_allr":
+            before, now = cast(float, self.dense_accuracy), self._train_accuracy()
+            return (before - now) / (before or 1.0)
         scale = selection.norm * math.sqrt(self.plan.pruned_fraction(phase.cycle))
         return selection.removed_norm / scale if scale else 0.0
 
     @property
     def settings(self) -> dict:
         return {
-            "retrain_schedule": self.schedule,
+            "retrain_schedule": self.retrain_schedule,
             "retrain_learning_rate": self.tuned_rate,
             "retrain_warmup_ratio": self.warmup_ratio,
         }
@@ -253,7 +262,6 @@ class IterativeMagnitudePruning(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.peaks, self.dense_accuracy = list(state["peaks"]), state["dense_accuracy"]
-        self.cycle = len(self.peaks)
 
 
 def check_schedule(config: BIMPConfig) -> None:

@@ -28,4 +28,4 @@ class DenseTraining(IterativeMagnitudePruning):
 
     @classmethod
     def make_plan(cls, budget: Budget, config: BIMPConfig) -> Plan:
-        return Plan(budget.total_steps)
+        return Plan(budget.steps)

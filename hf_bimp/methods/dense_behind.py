@@ -1,7 +1,7 @@
 """The family whose sparse weights have dense ones behind them, which the optimizer updates."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class DenseBehind(Method):
         self.masks.mask_weights()
 
     @torch.no_grad()
-    def sparsify(self, sparsity, optimizer):
-        selection = self.masks.renew(sparsity, self.behind)
+    def sparsify(self, sparsity: float | None, optimizer: torch.optim.Optimizer) -> tuple[float | None, float]:
+        selection = self.masks.renew(cast(float, sparsity), self.behind)
         self.show()
         if self.cycle + 1 == self.plan.num_cycles:
             self.behind = {}

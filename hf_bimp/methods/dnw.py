@@ -1,5 +1,6 @@
 """DNW: discovering neural wirings (Wortsman et al., 2019)."""
 
+from .base import NoConfig
 from .dense_behind import DenseBehind
 from .registry import register_method
 
@@ -16,7 +17,7 @@ class DiscoveringNeuralWirings(DenseBehind):
     description = "Discovering neural wirings (DNW, Wortsman et al., 2019)"
 
     @classmethod
-    def prunings(cls, steps, target_sparsity, config):
+    def prunings(cls, steps: int, target_sparsity: float | None, config: NoConfig) -> tuple[tuple, tuple]:
         return (0, steps), (target_sparsity, target_sparsity)
 
     def renew(self) -> None:

@@ -1,10 +1,11 @@
 """DPF: dynamic pruning with feedback (Lin et al., 2020)."""
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from ..schedules.plan import Budget
 from .dense_behind import DenseBehind
-from .gmp import Gradual, GradualConfig
+from .gradual import Gradual, GradualConfig
 from .registry import register_method
 
 
@@ -30,16 +31,16 @@ class DynamicPruningWithFeedback(DenseBehind, Gradual):
     Config = DPFConfig
 
     @classmethod
-    def check(cls, config: DPFConfig, budget: Budget) -> None:
+    def check(cls, config: Any, budget: Budget) -> None:
         super().check(config, budget)
         if config.dpf_interval < 1:
             raise ValueError(f"dpf_interval={config.dpf_interval} must be at least 1 optimizer step.")
 
     @classmethod
-    def prunings(cls, steps, target_sparsity, config):
+    def prunings(cls, steps: int, target_sparsity: float | None, config: GradualConfig) -> tuple[tuple, tuple]:
         times, sparsities = super().prunings(steps, target_sparsity, config)
         return (*times, steps), (*sparsities, target_sparsity)  # the last one is hard
 
     def renew(self) -> None:
         if self.cycle and self.step % self.config.dpf_interval == 0:
-            self.masks.renew(self.plan.sparsities[self.cycle - 1], self.behind)
+            self.masks.renew(cast(float, self.plan.sparsities[self.cycle - 1]), self.behind)

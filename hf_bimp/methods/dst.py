@@ -1,6 +1,7 @@
 """DST: dynamic sparse training with trainable masked layers (Liu et al., 2020)."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,12 @@ class _Step(torch.autograd.Function):
     """step(x), 0 at 0, with the long-tailed estimator of its derivative: 2 - 4|x|, then 0.4, and 0 beyond 1."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return (x > 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         size = ctx.saved_tensors[0].abs()
         derivative = torch.where(size <= 0.4, 2 - 4 * size, 0.4) * (size <= 1)
         return gradient * derivative

@@ -1,6 +1,7 @@
 """GMP: gradual magnitude pruning (Zhu and Gupta, 2017), soft or hard, with the paper's learning-rate variants."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..schedules.plan import Budget
 from .base import Run
@@ -45,22 +46,23 @@ class GradualMagnitudePruning(SoftMasks, Gradual):
         self.traits = replace(self.traits, is_hard=self.config.gmp_hard)
 
     @classmethod
-    def check(cls, config: GMPConfig, budget: Budget) -> None:
+    def check(cls, config: Any, budget: Budget) -> None:
         super().check(config, budget)
         if config.gmp_schedule not in SCHEDULES:
             raise ValueError(f"gmp_schedule={config.gmp_schedule!r} is none of {', '.join(SCHEDULES)}.")
 
     @classmethod
     def dense_schedule(cls, config: GMPConfig) -> dict:
-        return {
+        own: dict[str, dict] = {
             "stepped": {"lr_milestones": MILESTONES},
             "linear": {},
             "cyclic": {"lr_scheduler_type": "constant_with_warmup"},
-        }[config.gmp_schedule]
+        }
+        return own[config.gmp_schedule]
 
     def scheduled_rate(self, step: int) -> float:
         if self.config.gmp_schedule != "cyclic":
             return super().scheduled_rate(step)
         phase = self.plan.phase(step)
         length = min(phase.start + phase.steps, self.plan.schedule_steps) - phase.start
-        return self.dense.rates[step] * (1 - (step - phase.start) / length)
+        return self.schedule.rates[step] * (1 - (step - phase.start) / length)

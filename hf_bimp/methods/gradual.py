@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Gradual(Method):
     Config = GradualConfig
 
     @classmethod
-    def check(cls, config: GradualConfig, budget: Budget) -> None:
+    def check(cls, config: Any, budget: Budget) -> None:
         if config.num_prunings < 1 or (config.prune_interval is not None and config.prune_interval < 1):
             raise ValueError(
                 f"num_prunings={config.num_prunings} and prune_interval={config.prune_interval} must be at least 1."
@@ -45,7 +45,7 @@ class Gradual(Method):
     def prunings(
         cls, steps: int, target_sparsity: float | None, config: GradualConfig
     ) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
-        return gradual_prunings(steps, target_sparsity, config.num_prunings, config.prune_interval)
+        return gradual_prunings(steps, cast(float, target_sparsity), config.num_prunings, config.prune_interval)
 
 
 class SoftMasks(Method):
@@ -64,12 +64,12 @@ class SoftMasks(Method):
         return {name: weights[name] + values for name, values in self.frozen.items()} if self.frozen else weights
 
     @torch.no_grad()
-    def sparsify(self, sparsity: float, optimizer: torch.optim.Optimizer) -> tuple[float | None, float]:
+    def sparsify(self, sparsity: float | None, optimizer: torch.optim.Optimizer) -> tuple[float | None, float]:
         if self.traits.is_hard:
             return super().sparsify(sparsity, optimizer)
         for name, values in self.frozen.items():
             self.masks.weights[name].add_(values)
-        selection = self.masks.renew(sparsity)
+        selection = self.masks.renew(cast(float, sparsity))
         is_last = self.cycle + 1 == self.plan.num_cycles
         masked = {} if is_last else self.masks.weights
         self.frozen = {name: weight * self.masks.pruned[name] for name, weight in masked.items()}

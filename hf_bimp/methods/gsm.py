@@ -23,9 +23,10 @@ class GlobalSparseMomentum(Method):
     def edit_gradients(self) -> None:
         if self.is_complete:
             return super().edit_gradients()
-        weights = [weight for weight in self.masks.weights.values() if weight.grad is not None]
+        found = [(weight, weight.grad) for weight in self.masks.weights.values() if weight.grad is not None]
+        weights = [weight for weight, _ in found]
         passive = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
         count = sum(weight.numel() for weight in weights)
-        prune_smallest([weight * weight.grad for weight in weights], passive, round(self.goal * count))
-        for weight, mask in zip(weights, passive, strict=True):
-            weight.grad.masked_fill_(mask, 0)
+        prune_smallest([weight * gradient for weight, gradient in found], passive, round(self.goal * count))
+        for (_, gradient), mask in zip(found, passive, strict=True):
+            gradient.masked_fill_(mask, 0)

@@ -1,7 +1,7 @@
 """Movement pruning (Sanh et al., 2020): gradual pruning by how weights move, not by how large they are."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 
 from ..schedules.plan import gradual_prunings
 from .base import Traits
@@ -34,4 +34,4 @@ class MovementPruning(SoftMasks):
     def prunings(
         cls, steps: int, target_sparsity: float | None, config: MovementConfig
     ) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
-        return gradual_prunings(steps, target_sparsity, config.num_prunings)
+        return gradual_prunings(steps, cast(float, target_sparsity), config.num_prunings)

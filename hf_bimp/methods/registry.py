@@ -72,11 +72,17 @@ def make_config(method: type[Method], given: Mapping[str, Any]) -> Any:
     hints = get_type_hints(method.Config, include_extras=True)
     for name, value in values.items():
         try:
-            validate_typed_dict(TypedDict("Setting", {name: hints[name]}), {name: value})
+            validate_typed_dict(_schema(name, hints[name]), {name: value})
         except StrictDataclassFieldValidationError as error:
             reason = error.__cause__ or error
             raise ValueError(f"method_config of method={method.name!r}: {name}: {reason}") from error
     return method.Config(**values)
+
+
+def _schema(name: str, hint: Any) -> Any:
+    """A TypedDict of one field, which is what huggingface_hub checks values against."""
+    make: Any = TypedDict
+    return make("Setting", {name: hint})
 
 
 def _example(method: type[Method]) -> str:

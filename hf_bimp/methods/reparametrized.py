@@ -88,7 +88,7 @@ class Reparametrized(DenseBehind):
             weight.grad.copy_(to_dense)
 
     @torch.no_grad()
-    def sparsify(self, sparsity, optimizer):
+    def sparsify(self, sparsity: float | None, optimizer: torch.optim.Optimizer) -> tuple[float | None, float]:
         squares = 0.0
         for name, weight in self.masks.weights.items():
             final = self.final(self.behind[name], self.extras[name])

@@ -33,7 +33,7 @@ class RigL(Method):
     traits = Traits(works_with_fp16=False, allocations=("erk", "uniform", "uniform_plus", "global", "lamp"))
 
     @classmethod
-    def prunings(cls, steps: int, target_sparsity: float, config: RigLConfig) -> tuple[tuple, tuple]:
+    def prunings(cls, steps: int, target_sparsity: float | None, config: RigLConfig) -> tuple[tuple, tuple]:
         return (0,), (target_sparsity,)
 
     @property

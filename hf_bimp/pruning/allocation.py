@@ -64,7 +64,7 @@ def _least_kept(layer: Layer) -> int:
     return min(layer.free, math.ceil((1 - LAST_LINEAR_LIMIT) * layer.size)) if layer.is_last_linear else 0
 
 
-def _proportional(total: int, shares: Sequence[int], caps: Sequence[int]) -> list[Fraction]:
+def _proportional(total: int | Fraction, shares: Sequence[int], caps: Sequence[int]) -> list[Fraction]:
     """Splits `total` in proportion to `shares`, none above its cap; what caps leave over goes to the others."""
     quotas = [Fraction(cap) for cap in caps]
     free = set(range(len(shares)))
@@ -91,17 +91,18 @@ def _uniform_plus(keep: int, layers: Sequence[Layer]) -> list[Fraction]:
             quotas[i] = min(max(uniform, Fraction(_least_kept(layer))), Fraction(layer.free))
     last = next((i for i, layer in enumerate(layers) if layer.is_last_linear and i in quotas), None)
     others = [i for i in range(len(layers)) if i not in quotas]
-    left = keep - sum(quotas.values())
+    left: Fraction = keep - sum(quotas.values(), Fraction(0))
     most = sum(layers[i].free for i in others)
     if last is not None and not 0 <= left <= most:  # the others are wholly pruned, or dense: the last layer gives way
-        quotas[last] += left - min(max(left, 0), most)
-        left = min(max(left, 0), most)
+        shared = min(max(left, Fraction(0)), Fraction(most))
+        quotas[last] += left - shared
+        left = shared
     if left < 0 or (last is not None and quotas[last] < _least_kept(layers[last])):
-        most = math.floor(max_sparsity("uniform_plus", layers) * 1e4) / 1e4  # rounded down, so that it can be given
+        largest = math.floor(max_sparsity("uniform_plus", layers) * 1e4) / 1e4  # rounded down, so that it can be given
         raise ValueError(
             f"allocation='uniform_plus' cannot reach a sparsity of {1 - keep / total:.4f}: the first convolution "
             f"stays dense and the last fully connected layer is pruned to {float(LAST_LINEAR_LIMIT):.0%} at most, so "
-            f"{most} is the maximum here. Lower target_sparsity, or use another allocation."
+            f"{largest} is the maximum here. Lower target_sparsity, or use another allocation."
         )
     split = _proportional(left, [layers[i].size for i in others], [layers[i].free for i in others])
     quotas |= dict(zip(others, split, strict=True))

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Score = Callable[[Tensor, Tensor | None], Tensor]
+Score = Callable[[Tensor, Any], Tensor]  # of a weight and, where gradients are gathered, its statistic
 Accumulate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 DECAY = 0.9  # of the running mean of gradients: about ten steps count
@@ -32,17 +33,18 @@ class Criterion:
         """Those of all weights in their order; None where the magnitudes themselves are ranked."""
         if self.name == "magnitude":
             return None
-        if self.score is None:
+        score = self.score
+        if score is None:
             return random_scores(seed, [pruned[name] for name in values])
         if self.accumulate is not None and (missing := [name for name in values if name not in statistics]):
             raise ValueError(
                 f"criterion={self.name!r} goes by gradients, and there are none yet of {', '.join(missing[:5])}. "
                 "Prune after some training (dense_ratio above 0), and leave frozen layers out (skip_modules)."
             )
-        return [self._checked(name, value, statistics.get(name)) for name, value in values.items()]
+        scores = {name: score(value.detach(), statistics.get(name)) for name, value in values.items()}
+        return [self._checked(name, values[name], score) for name, score in scores.items()]
 
-    def _checked(self, name: str, value: Tensor, statistic: Tensor | None) -> Tensor:
-        score = self.score(value.detach(), statistic)
+    def _checked(self, name: str, value: Tensor, score: Tensor) -> Tensor:
         if score.shape != value.shape or not score.is_floating_point():
             raise ValueError(
                 f"criterion={self.name!r} gives {tuple(score.shape)} {score.dtype} for {name} of shape "

@@ -64,9 +64,11 @@ class Rule(Protocol):
         self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
     ) -> None:
         """Raises `ValueError` where the rule cannot prune this much, and warns where a pruning would do nothing."""
+        return None
 
     def mark_attached(self, pruned: dict[str, Tensor]) -> None:
         """Marks what hangs on pruned weights: nothing, but for filters."""
+        return None
 
 
 def parse_n_of_m(granularity: str) -> tuple[int, int] | None:
@@ -243,7 +245,8 @@ class FilterRule(Rule):
 
     @staticmethod
     def _norms(group: FilterGroup, weights: Mapping[str, Tensor]) -> Tensor:
-        return sum(_rows(weights[r.name].double(), r).square().sum(1) for r in group.weights).sqrt().cpu()
+        squares = [_rows(weights[r.name].double(), r).square().sum(1) for r in group.weights]
+        return torch.stack(squares).sum(0).sqrt().cpu()
 
 
 def _mark(pruned: dict[str, Tensor], rows: Iterable[Rows], filters: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Which parameters of a model can be pruned, under which name, and which weight matrices are out of reach."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,7 +94,7 @@ def layer_infos(model: nn.Module) -> dict[str, LayerInfo]:
     return infos
 
 
-def _matching(layers: dict[str, nn.Module], patterns: Sequence[str] | None, argument: str) -> set[str]:
+def _matching(layers: Iterable[str], patterns: Sequence[str] | None, argument: str) -> set[str]:
     if isinstance(patterns, str):
         raise ValueError(f"{argument}={patterns!r} must be a list of regular expressions: [{patterns!r}].")
     found = set()

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from .criteria import Accumulate
 from .granularity import Rule, WeightRule
 from .ranking import Selection
 
@@ -103,11 +105,12 @@ class Masks:
     @torch.no_grad()
     def observe(self, values: Mapping[str, Tensor]) -> None:
         """Takes up the whole gradients of a step; `values` are the weights that compete at the next pruning."""
+        accumulate = cast(Accumulate, self.rule.criterion.accumulate)  # as needs_gradients says
         for name, value in values.items():
             if (gradient := self.weights[name].grad) is not None:
                 before = self.statistics.get(name)
                 before = torch.zeros_like(value, dtype=torch.float32) if before is None else before
-                self.statistics[name] = self.rule.criterion.accumulate(before, value.float(), gradient.float())
+                self.statistics[name] = accumulate(before, value.float(), gradient.float())
 
     def keep_zeros(self) -> None:
         """Prunes what is zero already; a zero bias or normalisation channel only where its filter is zero."""
@@ -144,7 +147,7 @@ class Masks:
         """One number that tells different masks apart, to compare processes."""
         total = 0
         for mask in self.pruned.values():
-            total = zlib.crc32(mask.cpu().numpy(), total)
+            total = zlib.crc32(mask.cpu().numpy().data, total)
         return total
 
     def save(self, path: Path) -> None:

@@ -9,6 +9,7 @@ and visit the weights in chunks.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -108,7 +109,8 @@ def kth_smallest_key(keys: _Magnitudes | _Scores, k: int) -> tuple[int, int]:
 
     Raises `ValueError` where a weight or a score is NaN or infinite.
     """
-    prefix, below = None, 0
+    prefix: int | None = None
+    below = 0
     for shift in (16,) if keys.only_upper else (16, 0):
         counts = _histogram(keys, shift, prefix, keys.offset)
         if prefix is None:
@@ -117,7 +119,8 @@ def kth_smallest_key(keys: _Magnitudes | _Scores, k: int) -> tuple[int, int]:
         bucket = int(torch.searchsorted(totals, k - below))
         below += int(totals[bucket] - counts[bucket])
         prefix = bucket - keys.offset if prefix is None else prefix << 16 | bucket
-    return prefix << 16 if keys.only_upper else prefix, below
+    found = cast(int, prefix)
+    return found << 16 if keys.only_upper else found, below
 
 
 def prune_smallest(

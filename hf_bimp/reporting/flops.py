@@ -54,7 +54,7 @@ def count_multiply_adds(model: nn.Module, example_inputs: Tensor | tuple | Mappi
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones under the first name
-    layers = {
+    layers: dict[nn.Module, str] = {
         module: names[id(module.weight)]
         for module in model.modules()
         # A reparametrised weight (weight norm) is no parameter of the model.

@@ -72,7 +72,8 @@ def add_to_model_card(source: CardSource) -> None:
     """Adds what is known of the pruning to the card that another trainer's `create_model_card` has written."""
     path = _card_path(source.args)
     card = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
-    card.data.tags = list(dict.fromkeys([*_as_list(card.data.tags), *TAGS]))
+    tags = _as_list(card.data.get("tags"))
+    card.data["tags"] = list(dict.fromkeys([*tags, *TAGS]))
     summary = _summary(source.results, _base_model(source.model))
     card.text = "\n\n".join([card.text.rstrip(), "# Sparsity", summary, *_sections(source)]) + "\n"
     card.save(path)

@@ -6,7 +6,7 @@ import time
 class Throughput:
     """Times the optimizer steps of this process that follow each other with nothing in between."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.samples, self.seconds = 0, 0.0
         self._pending = 0  # samples of the step that is going on
         self._last: float | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import cast
 
 # A goal that is missed by rounding error alone counts as reached (Renda et al.'s fixed fraction).
 GOAL_TOLERANCE = 1e-9
@@ -18,7 +19,7 @@ class Phase:
     cycle: int
     start: int
     steps: int
-    sparsity: float
+    sparsity: float | None  # None where the method finds its own
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Plan:
     prune_steps: tuple[int, ...] = ()
     sparsities: tuple[float | None, ...] = ()
     initial_sparsity: float = 0.0
-    schedule_steps: int | None = None  # None becomes dense_steps
+    schedule_steps: int = None  # type: ignore[assignment]  # __post_init__ puts dense_steps in its place
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.schedule_steps is None:
             object.__setattr__(self, "schedule_steps", self.dense_steps)
 
@@ -72,8 +73,8 @@ class Plan:
 
     def pruned_fraction(self, cycle: int) -> float:
         """s_j: the planned fraction of the remaining weights that pruning `cycle` (1..J) removes."""
-        before = (self.initial_sparsity, *self.sparsities)[cycle - 1]
-        return 1 - (1 - self.sparsities[cycle - 1]) / (1 - before)
+        before, after = cast(tuple[float, ...], (self.initial_sparsity, *self.sparsities))[cycle - 1 : cycle + 1]
+        return 1 - (1 - after) / (1 - before)
 
     def to_dict(self) -> dict:
         plan = asdict(self)
@@ -98,9 +99,14 @@ class Budget:
     finetune_ratio: float = 0.0
 
     @property
+    def steps(self) -> int:
+        """T, once it is known."""
+        return cast(int, self.total_steps)
+
+    @property
     def method_steps(self) -> int:
         """How many steps a pruning-stable method has, before fine-tuning. Raises `ValueError` for none."""
-        steps = self.total_steps - round(self.finetune_ratio * self.total_steps)
+        steps = self.steps - round(self.finetune_ratio * self.steps)
         if steps < 1:
             raise ValueError(
                 f"finetune_ratio={self.finetune_ratio} of {self.total_steps} optimizer steps leaves the method none."
@@ -187,12 +193,13 @@ def make_plan(
     if num_cycles == 0:
         return Plan(total_steps, initial_sparsity=initial_sparsity)
     check_amount(target_sparsity, num_cycles, dense_ratio, prune_fraction)
-    if target_sparsity <= initial_sparsity:
+    goal = cast(float, target_sparsity)  # as checked
+    if goal <= initial_sparsity:
         raise ValueError(
             f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go "
             "beyond that. Raise target_sparsity, or pass num_cycles=0 with keep_zeros=True to fine-tune it as it is."
         )
-    sparsities = cycle_sparsities(target_sparsity, num_cycles, prune_fraction, initial_sparsity)
+    sparsities = cycle_sparsities(goal, num_cycles, prune_fraction, initial_sparsity)
     cycles = len(sparsities)
     dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
     if not _every_phase_has_steps(total_steps, dense_ratio, cycles):

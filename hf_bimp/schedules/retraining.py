@@ -7,6 +7,7 @@ optimizer's own learning rate, so that its dense phase is bit-identical to plain
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 RETRAIN_SCHEDULES = (
     *("ft", "lrw", "slr", "clr", "llr"),  # from the paper, fixed by the dense schedule
@@ -28,7 +29,7 @@ class DenseRates:
     warmup_steps: int = 0
     peak: float = field(init=False)  # eta_1: the largest rate that the dense phase really uses
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "peak", max(self.rates))
 
     @property
@@ -50,7 +51,7 @@ def default_warmup_ratio(schedule: str) -> float:
     return 0.0 if schedule in WITHOUT_WARMUP + TUNED else 0.1
 
 
-def discount(schedule: str, d1: float | None, d2: float | None) -> float:
+def discount(schedule: str, d1: float, d2: float | None) -> float:
     """ALLR's factor d on eta_1, from the impact d1 of the pruning and the relative length d2 of the retraining.
 
     `d2` is None where the length of the dense training is not known; d1 then decides alone.
@@ -58,7 +59,7 @@ def discount(schedule: str, d1: float | None, d2: float | None) -> float:
     if schedule == "allr_d1":
         return d1
     if schedule == "allr_d2":
-        return d2
+        return cast(float, d2)
     if schedule in ("allr", "acc_allr"):
         return d1 if d2 is None else max(d1, d2)
     return 1.0
@@ -69,11 +70,11 @@ def retrain_peak(
 ) -> float:
     """The largest learning rate of a cycle of `steps` steps: what the schedule starts from, after its warm-up."""
     if schedule == "ft":
-        return dense.last
+        return cast(DenseRates, dense).last
     if schedule == "lrw":
-        return max(dense.rates[-steps:])
+        return max(cast(DenseRates, dense).rates[-steps:])
     if schedule in TUNED:
-        return tuned_rate
+        return cast(float, tuned_rate)
     return d * eta_1
 
 
@@ -81,8 +82,9 @@ def retrain_rate(
     schedule: str, index: int, steps: int, peak: float, dense: DenseRates | None, warmup_ratio: float
 ) -> float:
     """Learning rate of step `index` (0..steps-1) of a prune-retrain cycle."""
+    known = cast(DenseRates, dense)  # by the schedules that need it, see NEED_DENSE_HISTORY
     if schedule == "lrw":
-        return dense.rates[dense.steps - steps + index]
+        return known.rates[known.steps - steps + index]
     # At least one step is left for the peak and what follows it.
     warmup = 0 if schedule == "ft" else min(round(warmup_ratio * steps), steps - 1)
     if index < warmup:
@@ -91,8 +93,8 @@ def retrain_rate(
     if schedule in ("ft", "constant"):
         return peak
     if schedule in ("slr", "stepped"):
-        return peak / dense.peak * dense.compressed(done, length)
+        return peak / known.peak * known.compressed(done, length)
     if schedule in ("clr", "cosine"):
-        floor = dense.last if schedule == "clr" else 0.0
+        floor = known.last if schedule == "clr" else 0.0
         return floor + (peak - floor) * (1 + math.cos(math.pi * done / length)) / 2
     return peak * (1 - done / length)

@@ -24,12 +24,12 @@ class CheckpointHooks(_Base):
     @property
     def method(self) -> Method | None:
         """What prunes; None until `train()` has made it."""
-        return self._bimp_run and self._bimp_run.method
+        return None if self._bimp_run is None else self._bimp_run.method
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the run; None until `train()` has made it."""
-        return self._bimp_run and self._bimp_run.method.plan
+        return None if self._bimp_run is None else self._bimp_run.method.plan
 
     def choose_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The folder to go on from, by what `train()` was given; reads its state. Raises `ValueError` for none."""

@@ -1,7 +1,8 @@
 """A loss whose mean is over the labels of the whole accumulated batch, for any model."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from transformers import Trainer
 
 _Base = Trainer if TYPE_CHECKING else object
@@ -21,7 +22,13 @@ class LabelWeightedLoss(_Base):
             # Has Trainer count the items of a whole batch; compute_loss then normalises by them for any model.
             self.model_accepts_loss_kwargs = True
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None or not self.model.training:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -95,10 +95,14 @@ class _ProgressOnly(TrainerCallback):
     def __init__(self, bar: ProgressCallback):
         self.bar = bar
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.on_prediction_step(args, state, control, **kwargs)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.on_evaluate(args, state, control, **kwargs)
 
 
@@ -129,7 +133,8 @@ class MeasuringHooks(CheckpointHooks):
     @contextlib.contextmanager
     def _silent_evaluation(self) -> Iterator[list[dict[str, Any]]]:
         """Evaluations that callbacks (early stopping, trackers) do not see; gives what would have been logged."""
-        handler, control, logged = self.callback_handler, copy.copy(self.control), []
+        handler, control = self.callback_handler, copy.copy(self.control)
+        logged: list[dict[str, Any]] = []
         callbacks, handler.callbacks = handler.callbacks, [*map(_ProgressOnly, _progress_bars(handler.callbacks))]
         history, self.state.log_history = self.state.log_history, logged
         try:
@@ -183,7 +188,7 @@ class MeasuringHooks(CheckpointHooks):
         weights = self.method.masks.weights
         return self._multiply_adds.speedup({n: int(w.count_nonzero()) / w.numel() for n, w in weights.items()})
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.method is not None and self.method.traits.finds_sparsity:
             logs = logs | {"sparsity": self.method.sparsity}  # what its settings are tuned by
         super().log(logs, *args, **kwargs)

@@ -1,12 +1,14 @@
 """`BIMPMixin`: makes any `Trainer`'s `train()` one whole run of training, prunings and retrainings."""
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
 from ..arguments import BIMPArgumentsMixin
@@ -75,7 +77,13 @@ class BIMPMixin(MeasuringHooks):
 
     # ---- Setting up a run ----
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> TrainOutput:
         """One whole run. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint.
 
         At its end `bimp_results.json` and `bimp_run.png` are in the output directory and, unless
@@ -86,7 +94,7 @@ class BIMPMixin(MeasuringHooks):
         self._ignore_keys_around_pruning, self._bimp_trial = ignore_keys_for_eval, trial
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
-    def create_optimizer(self, *args, **kwargs):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         check_optimizer(self.plain_optimizer)
         return optimizer
@@ -96,7 +104,9 @@ class BIMPMixin(MeasuringHooks):
         """The optimizer out of Accelerate's wrapper."""
         return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> PlannedScheduler:
         """Makes the plan, the method and the scheduler that follows them."""
         self.args.validate()
         align_memory(self.model)
@@ -145,7 +155,7 @@ class BIMPMixin(MeasuringHooks):
             self._prune_and_report()
         self.lr_scheduler.set_step(step)
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self.count_multiply_adds(inputs)
         self.throughput.trained_on(find_batch_size(inputs) or 0)
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -180,7 +190,9 @@ class BIMPMixin(MeasuringHooks):
         self.throughput.interrupted()
 
     def _prune_and_report(self) -> None:
-        measured, before, after = self.method.is_measured and self.args.evaluate_prunings, {}, {}
+        measured = self.method.is_measured and self.args.evaluate_prunings
+        before: dict[str, Any] = {}
+        after: dict[str, Any] = {}
         if measured:
             self.throughput.interrupted()
             done = final_metrics(self.state.log_history, self.state.global_step)  # of an evaluation just before
@@ -242,7 +254,7 @@ class BIMPMixin(MeasuringHooks):
         step = self.state.best_global_step if is_best else self.state.global_step
         return final_metrics(self.state.log_history, step)
 
-    def create_model_card(self, *args, **kwargs):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md: of its own where the parent's is plain `Trainer`'s, else the parent's with more in it."""
         parent = super().create_model_card
         is_plain = parent.__func__ is Trainer.create_model_card

@@ -65,7 +65,7 @@ def set_up_run(
     history = _dense_history(args, plan, learning_rate, given)
     # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
     recorded = given if args.keep_zeros and not plan.num_cycles else history
-    dense = history and history.rates(unit=learning_rate)
+    dense = None if history is None else history.rates(unit=learning_rate)
     run = Run(plan, masks, dense, layer_infos(model), args.seed, learning_rate, train_accuracy)
     method = args.method_class(run, args.method_settings)
     return RunSetup(method, history, recorded, stays_dense, _settings(args, method, history))

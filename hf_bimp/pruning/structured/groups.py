@@ -138,7 +138,7 @@ def _filled(model: nn.Module) -> nn.Module:
         else:
             parameter.uniform_(0.5, 1.5, generator=generator)
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0, 0.5, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     return model

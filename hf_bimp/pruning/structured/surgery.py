@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -48,12 +49,12 @@ def remove_channels(model: nn.Module, choices: Iterable[Choice]) -> None:
                 if parameter == "weight":  # biases go with the weights
                     removed[layer, read].update(rows.index[channels].flatten().tolist())
     for (name, read), places in removed.items():
-        layer = model.get_submodule(name)
-        trained = {kind: parameter.requires_grad for kind, parameter in layer.named_parameters()}
-        pruner = CONV1D_PRUNER if isinstance(layer, Conv1D) else PrunerBox[tp.ops.module2type(layer)]
-        (pruner.prune_in_channels if read else pruner.prune_out_channels)(layer, sorted(places))
-        for kind, parameter in layer.named_parameters():  # torch-pruning puts new ones in their place
-            parameter.requires_grad_(trained[kind])
+        module: Any = model.get_submodule(name)
+        trained = {kind: weight.requires_grad for kind, weight in module.named_parameters()}
+        pruner = CONV1D_PRUNER if isinstance(module, Conv1D) else PrunerBox[tp.ops.module2type(module)]
+        (pruner.prune_in_channels if read else pruner.prune_out_channels)(module, sorted(places))
+        for kind, weight in module.named_parameters():  # torch-pruning puts new ones in their place
+            weight.requires_grad_(trained[kind])
 
 
 def cpu_copy(model: nn.Module) -> nn.Module:

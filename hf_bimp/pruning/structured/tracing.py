@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -208,10 +209,10 @@ class _Graph:
                     lost |= self._is_lost([pair.idx for pair in seen])
                     stack.append((dependency.target, dependency.handler, list(new)))
         items: Items = {}
-        for (node, handler), pairs in reached.items():
+        for (node, handler), found in reached.items():
             outputs = self.graph.get_pruner_of_module(node.module).prune_out_channels
             places = items.setdefault((node, "out" if handler == outputs else "in"), {})
-            for pair in sorted(pairs, key=lambda pair: pair.idx):
+            for pair in sorted(found, key=lambda pair: pair.idx):
                 places.setdefault(pair.root_idx, []).append(pair.idx)
         return {key: places for key, places in items.items() if places}
 
@@ -280,7 +281,7 @@ def _out_dim(layer: nn.Module) -> int:
     return int(isinstance(layer, Conv1D))
 
 
-def _keeps_channels(view: torch.autograd.graph.Node) -> bool:
+def _keeps_channels(view: Any) -> bool:
     """Whether a view leaves the channels, the second dimension of images and else the last, in order and together."""
     before, after = tuple(view._saved_self_sym_sizes), tuple(view._input_metadata[0].shape)
     flattened = len(before) > 2 and after == (before[0], prod(before[1:]))
