@@ -1,6 +1,5 @@
 """Every argument of a run, as `TrainingArguments` with more fields."""
 
-import json
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -9,7 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from .methods import METHODS, BIMPConfig, Method, make_config, method_named, setting_names
+from .methods import METHODS, BIMPConfig, Method, make_config, method_named, parse_mapping, setting_names
 from .methods.cs import CSConfig
 from .methods.dpf import DPFConfig
 from .methods.dst import DSTConfig
@@ -121,7 +120,7 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
             self.use_cpu = True
         super().__post_init__()
         if isinstance(self.method_config, str):
-            self.method_config = _mapping(self.method_config)
+            self.method_config = parse_mapping(self.method_config)
         self.target_sparsity = self.goal
         self.validate()
 
@@ -278,16 +277,6 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
                 f"method={self.method!r} has a learning rate of its own, by {settings}: leave lr_scheduler_type out "
                 f"(given: {self.lr_scheduler_type.value}), and lr_milestones where its schedule is not stepped."
             )
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        mapping = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"method_config={text!r} is no JSON ({error}), such as '{{\"interval\": 50}}'.") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"method_config={text!r} must be a mapping, such as '{{\"interval\": 50}}'.")
-    return mapping
 
 
 @dataclass

@@ -288,7 +288,7 @@ def test_restored_method_goes_on_bit_for_bit(name, at):
         ({"method": "dnw", "num_cycles": 2}, "num_cycles=2 is an argument of bimp"),
         ({"method": "dnw", "keep_zeros": True}, "keep_zeros=True does not go with method='dnw'"),
         ({"method": "dpf", "gmp_hard": True}, "gmp_hard=True is an argument of gmp"),
-        ({"method": "bimp", "num_prunings": 7}, "num_prunings=7 is an argument of gmp, dpf"),
+        ({"method": "bimp", "num_prunings": 7}, "num_prunings=7 is an argument of dpf, gmp"),
         ({"method": "cs"}, "finds its own sparsity"),
         ({"method": "str", "target_sparsity": None, "allocation": "erk"}, "does not go with"),
         ({"method": "gsm", "weight_decay": 0.1, "allocation": "erk"}, "does not go with"),

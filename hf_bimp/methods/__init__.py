@@ -8,7 +8,7 @@ import pkgutil
 
 from .base import LayerCollapseError, Method, NoConfig, Pruning, Run, Traits
 from .bimp import BIMPConfig, IterativeMagnitudePruning
-from .registry import METHODS, make_config, method_named, register_method, setting_names
+from .registry import METHODS, make_config, method_named, parse_mapping, register_method, setting_names
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -25,6 +25,7 @@ __all__ = [
     "Traits",
     "make_config",
     "method_named",
+    "parse_mapping",
     "register_method",
     "setting_names",
 ]

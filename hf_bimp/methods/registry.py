@@ -1,5 +1,6 @@
 """The methods by name, and their settings from a mapping."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypedDict, get_type_hints
@@ -77,6 +78,17 @@ def make_config(method: type[Method], given: Mapping[str, Any]) -> Any:
             reason = error.__cause__ or error
             raise ValueError(f"method_config of method={method.name!r}: {name}: {reason}") from error
     return method.Config(**values)
+
+
+def parse_mapping(text: str) -> dict[str, Any]:
+    """`method_config` from the command line. Raises `ValueError` where it is no JSON object."""
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"method_config={text!r} is no JSON ({error}), such as '{{\"interval\": 50}}'.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"method_config={text!r} must be a mapping, such as '{{\"interval\": 50}}'.")
+    return mapping
 
 
 def _schema(name: str, hint: Any) -> Any:
