@@ -1,0 +1,1 @@
+"""The machinery of comparisons: what a study says, its jobs, tuning, and the table."""

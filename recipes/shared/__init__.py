@@ -1,0 +1,1 @@
+"""What several recipes share: arguments, data, models, and the end of a run."""
