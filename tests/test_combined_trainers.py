@@ -24,7 +24,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from helpers import At, classification_items, classifier, run_arguments
-from hf_bimp import BIMPArgumentsMixin, BIMPMixin, find_prunable
+from hf_bimp import BIMPArgumentsMixin, BIMPMixin, BIMPTrainer, find_prunable
 from trainers import assert_same_tensors
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", *"the a cat dog bird sat ran flew on over under mat tree house".split()]
@@ -302,3 +302,18 @@ def test_what_a_parent_logs_beside_its_evaluation_is_measured_too(tmp_path) -> N
     assert trainer.evaluate()["eval_loss"] == pytest.approx(entries[0]["eval_loss"])
     again = trainer.state.log_history[-1]
     assert again["eval_entropy"] == pytest.approx(entries[0]["eval_entropy"])
+
+
+def test_bimp_trainer_itself_goes_before_another_too(tmp_path) -> None:
+    """With its loss per label of the accumulated batch, in one forward a step."""
+
+    class Both(BIMPTrainer, SFTTrainer):
+        pass
+
+    args = arguments(SparseSFTConfig, tmp_path, gradient_accumulation_steps=2, **PLAIN)
+    data, forwards = Dataset.from_dict({"text": sentences(32)}), []
+    trainer = Both(llama(), args, train_dataset=data, processing_class=tokenizer())
+    trainer.model.model.register_forward_hook(lambda module, *_: forwards.append(module.training))
+    trainer.train()
+    assert sum(forwards) == 2 * STEPS
+    assert trainer.results["sparsity"]["prunable"] == pytest.approx(0.6, abs=1e-3)

@@ -211,3 +211,13 @@ def test_final_evaluation_in_bfloat16_leaves_the_saved_weights_alone(tmp_path):
     trainer.train()
     last = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), last)
+
+
+def test_several_evaluation_sets_are_measured_around_prunings_in_their_order(tmp_path):
+    sets = {"first": classification_items(9, seed=2), "second": classification_items(9, seed=3)}
+    trainer = make_trainer(tmp_path, eval_dataset=sets, compute_metrics=lambda p: {"size": len(p.label_ids)})
+    trainer.train()
+    names = ["first_loss", "first_size", "second_loss", "second_size"]
+    for pruning in trainer.results["prunings"]:
+        assert list(pruning["before"]) == list(pruning["after"]) == names
+    assert list(trainer.results["final"]) == names and trainer.results["main_metric"] == "first_size"

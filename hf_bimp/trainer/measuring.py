@@ -126,9 +126,9 @@ class MeasuringHooks(CheckpointHooks):
             return {}
         with self._silent_evaluation() as logged, preserved_random_state():
             metrics = self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
-            for entry in logged:
-                metrics = entry | metrics
-            return metrics_under(metrics, "eval_")
+            return metrics_under(
+                {name: value for entry in [*logged, metrics] for name, value in entry.items()}, "eval_"
+            )
 
     @contextlib.contextmanager
     def _silent_evaluation(self) -> Iterator[list[dict[str, Any]]]:
