@@ -244,7 +244,7 @@ def test_one_forward_a_step_and_the_loss_of_the_parent(tmp_path, accumulation) -
     plain = run(SFTTrainer(llama(), plain_args, train_dataset=data, processing_class=tokenizer()))
     assert ours[0] == plain[0] == STEPS * accumulation
     # The learning rates of the dense phase are over its own steps: only the first loss is the same.
-    assert ours[1][0] == plain[1][0]
+    assert ours[1][0] == pytest.approx(plain[1][0], rel=1e-5)  # outputs of two objects
 
 
 def test_the_model_card_is_that_of_both_parents(tmp_path) -> None:

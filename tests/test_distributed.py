@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -92,10 +91,7 @@ def train(
 def two_processes(tmp_path_factory) -> Path:
     """Every one of `TASKS` in two processes, as `torchrun` starts them, in a folder of its name."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     output_of(*command, __file__, folder)
     return folder
 
@@ -194,4 +190,4 @@ def test_a_compute_loss_of_ones_own_is_scaled_as_plain_trainer_scales_it(tmp_pat
     common = run_arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2, logging_steps=1, learning_rate=1e-2)
     plain = losses(Trainer, TrainingArguments(**common))
     ours = losses(BIMPTrainer, BIMPArguments(**common, method="dense"))
-    assert ours == plain and len(ours) == 4
+    assert ours == pytest.approx(plain, rel=1e-6) and len(ours) == 4  # outputs of two objects

@@ -149,7 +149,7 @@ def test_compiled_model_learns_the_same(tmp_path, method) -> None:
     plain = trainer_of(method, tmp_path)
     compiled = trainer_of(method, tmp_path, torch_compile=True, torch_compile_backend="eager")
     plain.train(), compiled.train()
-    assert losses(plain) == losses(compiled)
+    assert losses(plain) == pytest.approx(losses(compiled), rel=1e-5)  # outputs of two objects
     assert_same_tensors(snapshot(plain.model), snapshot(compiled.model))
 
 
