@@ -23,8 +23,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from helpers import At, classification_items, classifier, run_arguments
-from hf_bimp import BIMPArgumentsMixin, BIMPMixin, BIMPTrainer, find_prunable
+from helpers import At, classification_items, classifier, run_arguments, tiny_t5, translation_items
+from hf_bimp import BIMPArguments, BIMPArgumentsMixin, BIMPMixin, BIMPTrainer, find_prunable
 from trainers import assert_same_tensors
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", *"the a cat dog bird sat ran flew on over under mat tree house".split()]
@@ -317,3 +317,18 @@ def test_bimp_trainer_itself_goes_before_another_too(tmp_path) -> None:
     trainer.train()
     assert sum(forwards) == 2 * STEPS
     assert trainer.results["sparsity"]["prunable"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_without_the_weighted_loss_it_is_that_of_trainer(tmp_path) -> None:
+    class PlainLossTrainer(BIMPMixin, Trainer):
+        pass
+
+    def losses(kind: type[Trainer], args: TrainingArguments) -> list[float]:
+        trainer = kind(model=tiny_t5(), args=args, train_dataset=translation_items())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    common = run_arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2, logging_steps=1, learning_rate=1e-3)
+    plain = losses(Trainer, TrainingArguments(**common))
+    assert losses(PlainLossTrainer, SparseArguments(**common, method="dense")) == pytest.approx(plain, rel=1e-6)
+    assert losses(BIMPTrainer, BIMPArguments(**common, method="dense")) != pytest.approx(plain, rel=0.1)
