@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
-from helpers import classification_items, classifier, matrices
-from hf_bimp import LayerCollapseError
+from helpers import classification_items, classifier, matrices, run_arguments
+from hf_bimp import BIMPArguments, BIMPTrainer, LayerCollapseError
 from hf_bimp.methods import IterativeMagnitudePruning
 from hf_bimp.reporting.throughput import Throughput
 from trainers import assert_same_tensors, make_trainer, pruning_records
@@ -197,3 +197,22 @@ def test_weights_that_the_model_does_not_use_are_named(tmp_path, caplog) -> None
     model.spare = nn.Linear(8, 8)
     make_trainer(tmp_path, model).train()
     assert "does not use 1 of its prunable weights (25.0% of their elements): spare.weight" in caplog.text
+
+
+def test_batches_that_are_no_mapping_train_too(tmp_path) -> None:
+    """With a `compute_loss` of one's own; only the speedup is not told where the model takes something else."""
+
+    class OwnLoss(BIMPTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            x, labels = inputs
+            outputs = model(x)
+            loss = nn.functional.cross_entropy(outputs, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    torch.manual_seed(0)
+    data = list(zip(torch.randn(32, 8), torch.randint(0, 4, (32,)), strict=True))
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    args = BIMPArguments(**run_arguments(tmp_path, max_steps=12, target_sparsity=0.5))
+    trainer = OwnLoss(model=model, args=args, train_dataset=data, data_collator=default_collate)
+    trainer.train()
+    assert trainer.results["sparsity"]["prunable"] == 0.5 and trainer.results["theoretical_speedup"] is None

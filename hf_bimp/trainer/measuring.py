@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +30,16 @@ def check_readable_twice(data: Dataset) -> None:
         )
 
 
-def first_items(inputs: dict[str, Any], items: int = 2) -> dict[str, Any]:
-    """The first items of a batch."""
-    return {name: value[:items] if torch.is_tensor(value) else value for name, value in inputs.items()}
+def first_items(inputs: Any, items: int = 2) -> Any:
+    """The first items of a batch: a mapping, a tuple or list (which becomes one), or a tensor."""
+    if isinstance(inputs, Mapping):
+        return {name: first_items(value, items) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(first_items(value, items) for value in inputs)
+    return inputs[:items] if torch.is_tensor(inputs) and inputs.ndim else inputs
 
 
-def try_to_count(model: nn.Module, inputs: dict[str, Any]) -> MultiplyAdds | None:
+def try_to_count(model: nn.Module, inputs: Any) -> MultiplyAdds | None:
     """Multiply-adds of one pass over `inputs`; None, with a warning, where a model defies counting."""
     try:
         return count_multiply_adds(model, inputs)
@@ -156,20 +160,20 @@ class MeasuringHooks(CheckpointHooks):
         self.model.train()
         return share
 
-    def _bimp_example_inputs(self) -> dict[str, Any]:
+    def _bimp_example_inputs(self) -> Any:
         """The first training items as the model gets them, on its device."""
         check_readable_twice(self.train_dataset)
         with preserved_random_state():
             batch = next(iter(self.get_test_dataloader(self.train_dataset)))
             return self._as_the_model_gets_them(batch)
 
-    def _as_the_model_gets_them(self, batch: dict[str, Any]) -> dict[str, Any]:
-        inputs = dict(self._prepare_inputs(batch))
-        if self.compute_loss_func is not None:
-            inputs.pop("labels", None)  # Trainer keeps them for the loss
+    def _as_the_model_gets_them(self, batch: Any) -> Any:
+        inputs = self._prepare_inputs(batch)
+        if isinstance(inputs, Mapping) and self.compute_loss_func is not None:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}  # Trainer keeps them
         return first_items(inputs)
 
-    def count_multiply_adds(self, batch: dict[str, Any] | None = None) -> None:
+    def count_multiply_adds(self, batch: Any = None) -> None:
         """At the start of a run, and again with its first batch: data without a length may give every item once."""
         if batch is None:
             self._multiply_adds, self._waits_for_batch = None, not has_length(self.train_dataset)
