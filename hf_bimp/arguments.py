@@ -15,6 +15,7 @@ from .methods.dst import DSTConfig
 from .methods.gmp import GMPConfig
 from .methods.str import STRConfig
 from .pruning.allocation import ALLOCATIONS
+from .pruning.criteria import criterion_named
 from .pruning.granularity import check_rule, kind_of, parse_n_of_m
 from .schedules.plan import Budget, check_goal
 from .support import TESTED_OPTIMIZERS, check_optimizer_name, check_scheduler_type, check_sharding
@@ -72,8 +73,8 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
     allocation: str | None = field(
         default=None,
         metadata={
-            "help": "How pruned weights spread over the layers; by default one global threshold (erk for rigl). "
-            "Filters and n:m go by the same share of every layer instead.",
+            "help": "How pruned weights spread over the layers; by default as the method has it, mostly by one global "
+            "threshold. Filters and n:m go by the same share of every layer instead.",
             "choices": ALLOCATIONS,
         },
     )
@@ -242,10 +243,12 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
                 f"method={self.method!r} works by weight decay: set weight_decay, such as 5e-4 (given: "
                 f"{self.weight_decay})."
             )
-        if self.fp16 and not traits.works_with_fp16:
+        by_gradients = criterion_named(self.resolved_criterion).accumulate is not None
+        if self.fp16 and (by_gradients or not traits.works_with_fp16):
+            what = f"criterion={self.resolved_criterion!r}" if by_gradients else f"method={self.method!r}"
             raise ValueError(
-                f"method={self.method!r} ranks gradients or adds to them, and those of fp16 are scaled and, now and "
-                "then, infinite. Use bf16."
+                f"{what} ranks gradients or adds to them, and those of fp16 are scaled and, now and then, infinite. "
+                "Use bf16."
             )
 
     def _check_among(self, argument: str, value: str, allowed: tuple[str, ...]) -> None:

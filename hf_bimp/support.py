@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Adafactor
-from transformers.trainer_utils import SchedulerType, _is_peft_model
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 # What torch and Transformers alone provide on any device. Each is tested to leave pruned weights at zero.
@@ -88,9 +88,17 @@ def check_devices(n_gpu: int) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises `ValueError` for a model that masks would not make sparse."""
-    if _is_peft_model(model):
+    """Raises `ValueError` for a model that masks would not make sparse: one with adapters, however they came in."""
+    found = next((name for name, module in model.named_modules() if _is_of_peft(module)), None)
+    if found is not None or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "PEFT models are not supported: adapters are dense, so pruning the weights under them leaves the merged "
-            "model dense. Merge first (model.merge_and_unload()) or train the base model."
+            "Models with adapters (PEFT, add_adapter) are not supported"
+            + (f", and {found or 'the model'} is one" if found is not None else "")
+            + ": adapters are dense and saved alone, so pruning the weights under them leaves the merged model dense. "
+            "Merge first (PeftModel.merge_and_unload()), or train the base model without adapters."
         )
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """By the name of the package: it need not be installed."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)

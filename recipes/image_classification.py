@@ -27,7 +27,7 @@ from transformers import (
 import hf_bimp.models  # noqa: F401, registers cifar_resnet56 and the like with timm
 from hf_bimp import BIMPArguments, BIMPTrainer
 from hf_bimp.metrics import Accuracy
-from hf_bimp.trainer.measuring import predicted_classes
+from hf_bimp.trainer.train_accuracy import predicted_classes
 from shared.cli import parse
 from shared.image_data import DataArguments, ImageTransform, load_images, num_classes
 from shared.outcome import Task

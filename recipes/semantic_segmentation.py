@@ -27,7 +27,7 @@ from transformers import (
 from hf_bimp import BIMPArguments, BIMPTrainer
 from hf_bimp.metrics import MeanIoU
 from hf_bimp.pruning.layers import PRUNABLE_MODULES
-from hf_bimp.trainer.measuring import predicted_classes
+from hf_bimp.trainer.train_accuracy import predicted_classes
 from shared.cli import parse
 from shared.outcome import Task
 from shared.segmentation_data import DataArguments, SegmentationTransform, load_segmentations

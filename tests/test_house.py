@@ -13,6 +13,7 @@ from helpers import classification_items, classifier, run_arguments
 from hf_bimp.arguments import BIMPArgumentsMixin
 from hf_bimp.trainer.callbacks import PruningCallback, ReportingCallback
 from hf_bimp.trainer.checkpoints import CheckpointHooks
+from hf_bimp.trainer.finishing import FinishingHooks
 from hf_bimp.trainer.loss import LabelWeightedLoss
 from hf_bimp.trainer.measuring import MeasuringHooks
 from hf_bimp.trainer.mixin import BIMPMixin
@@ -33,7 +34,7 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-MIXINS = (CheckpointHooks, MeasuringHooks, BIMPMixin, LabelWeightedLoss)
+MIXINS = (CheckpointHooks, MeasuringHooks, FinishingHooks, BIMPMixin, LabelWeightedLoss)
 
 
 def imports(path: Path) -> set[str]:

@@ -41,13 +41,15 @@ class Traits:
 
     `is_hard`: what is pruned stays so, before the last pruning already. `finds_sparsity`: its own settings decide how
     sparse the model becomes, and there is no target_sparsity. `has_dense_phase`: it prunes a model that was trained
-    densely, and retrains. None in place of criteria allows all.
+    densely, and retrains. `prunes_frozen`: it can decide on weights that are not trained. None in place of criteria
+    allows all.
     """
 
     is_hard: bool = False
     finds_sparsity: bool = False
     has_dense_phase: bool = False
     keeps_zeros: bool = False
+    prunes_frozen: bool = True
     needs_weight_decay: bool = False
     works_with_fp16: bool = True  # not where gradients that are scaled, or infinite at times, lead astray
     allocations: tuple[str, ...] = ALLOCATIONS
@@ -63,7 +65,8 @@ class Pruning:
     (None where no threshold decided), `distance` ||W - W_p||_2 over the prunable weights, with the values that soft
     masks had kept aside in W, and `collapsed_layers` counts the weights that have nothing left. BIMP alone has the
     rest: `d1` its impact, `d2` the relative length of the retraining (None without a dense history), and
-    `retrain_peak` the largest learning rate of the cycle, in the unit of the caller's rates.
+    `retrain_peak` the largest learning rate of the cycle, in the unit of the caller's rates. acc_allr alone has the
+    accuracies on the training set that d1 compares: of the dense model, and just after this pruning.
     """
 
     cycle: int
@@ -75,6 +78,8 @@ class Pruning:
     d1: float | None = None
     d2: float | None = None
     retrain_peak: float | None = None
+    train_accuracy_before: float | None = None
+    train_accuracy_after: float | None = None
 
 
 class LayerCollapseError(RuntimeError):
@@ -197,6 +202,11 @@ class Method(ABC):
     def is_due(self, step: int) -> bool:
         """Whether a pruning comes before optimizer step `step`."""
         return not self.is_complete and step >= self.plan.prune_steps[self.cycle]
+
+    @property
+    def needs_train_accuracy(self) -> bool:
+        """Whether it is going to ask for `run.train_accuracy`, so that this is tried before training."""
+        return False
 
     @property
     def is_measured(self) -> bool:

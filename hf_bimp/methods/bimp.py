@@ -166,7 +166,7 @@ class IterativeMagnitudePruning(Method):
                     f"The dense training of this model is not known, so {self.retrain_schedule} goes by the pruning's "
                     "impact d1 alone. Give dense_steps (its length in optimizer steps) to have d2 = T_rt / T as well."
                 )
-        if self.retrain_schedule == "acc_allr" and plan.num_cycles and self.run.train_accuracy is None:
+        if self.needs_train_accuracy and self.run.train_accuracy is None:
             raise ValueError(
                 "retrain_schedule='acc_allr' measures the accuracy on the whole training set, and this one has no "
                 "length. Use a sized data set, or allr."
@@ -182,6 +182,10 @@ class IterativeMagnitudePruning(Method):
                 f"retrain_schedule='lrw' replays the last {longest} learning rates of the dense training, which had "
                 f"only {dense.steps} steps. Use more cycles, a larger dense_ratio, or another schedule."
             )
+
+    @property
+    def needs_train_accuracy(self) -> bool:
+        return self.retrain_schedule == "acc_allr" and self.plan.num_cycles > 0
 
     @property
     def summary(self) -> str:
@@ -216,12 +220,14 @@ class IterativeMagnitudePruning(Method):
 
     def prune(self, optimizer: torch.optim.Optimizer) -> Pruning:
         """Does the next pruning: masks, weights, the state of `optimizer`, and the next cycle's peak rate."""
-        if self.retrain_schedule == "acc_allr" and self.dense_accuracy is None:
+        if self.needs_train_accuracy and self.dense_accuracy is None:
             self.dense_accuracy = self._train_accuracy()
         phase = self.plan.cycle_phase(self.cycle + 1)
         selection = self.masks.prune(cast(float, phase.sparsity))
         self.masks.mask_optimizer_state(optimizer)
-        d1 = min(max(self._impact(selection, phase), 0.0), 1.0)
+        accuracy = self._train_accuracy() if self.needs_train_accuracy else None
+        impact = self._distance_ratio(selection, phase) if accuracy is None else self._lost_accuracy(accuracy)
+        d1 = min(max(impact, 0.0), 1.0)
         d2 = None if self.dense is None else min(phase.steps / self.dense.steps, 1.0)
         d = discount(self.retrain_schedule, d1, d2)
         peak = retrain_peak(self.retrain_schedule, phase.steps, self.eta_1, self.dense, d, self.tuned_rate)
@@ -236,16 +242,20 @@ class IterativeMagnitudePruning(Method):
             d2=d2,
             retrain_peak=peak,
             collapsed_layers=len(self.masks.collapsed),
+            train_accuracy_before=self.dense_accuracy,
+            train_accuracy_after=accuracy,
         )
 
     def _train_accuracy(self) -> float:
         return cast(Callable[[], float], self.run.train_accuracy)()
 
-    def _impact(self, selection: Selection, phase: Phase) -> float:
-        """d1 before it is clipped: the relative change of the weights, or of the training accuracy for acc_allr."""
-        if self.retrain_schedule == "acc_allr":
-            before, now = cast(float, self.dense_accuracy), self._train_accuracy()
-            return (before - now) / (before or 1.0)
+    def _lost_accuracy(self, now: float) -> float:
+        """acc_allr's d1 before it is clipped: the share of the dense model's training accuracy that is gone."""
+        before = cast(float, self.dense_accuracy)
+        return (before - now) / (before or 1.0)
+
+    def _distance_ratio(self, selection: Selection, phase: Phase) -> float:
+        """d1 before it is clipped: the relative change of the weights."""
         scale = selection.norm * math.sqrt(self.plan.pruned_fraction(phase.cycle))
         return selection.removed_norm / scale if scale else 0.0
 

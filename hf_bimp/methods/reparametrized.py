@@ -20,7 +20,7 @@ class Reparametrized(DenseBehind):
     of the penalty, so that neither micro-batches nor processes change it. How sparse it becomes is up to the knobs.
     """
 
-    traits = Traits(finds_sparsity=True, allocations=())
+    traits = Traits(finds_sparsity=True, prunes_frozen=False, allocations=())
     decays_extras = False  # whether e has the weight decay of the weights
 
     def __init__(self, run: Run, config: Any = None):

@@ -20,15 +20,16 @@ def make_masks(
     seed: int = 0,
     prune_modules: Sequence[str] | None = None,
     skip_modules: Sequence[str] | None = None,
+    with_frozen: bool = True,
 ) -> tuple[Masks, dict[str, str]]:
-    """The masks of a run, and why each weight matrix stays dense that does (embeddings aside; "" where it is no layer
-    that can be pruned, or `skip_modules` names it).
+    """The masks of a run, and why each weight matrix stays dense that does (embeddings aside).
 
     `example_inputs` gives a batch of the model's inputs; filters alone need it, to trace which depend on each other.
+    `with_frozen`: whether weights that are not trained are pruned too.
     Raises `ValueError` where nothing is left to prune.
     """
-    found = find_prunable(model, prune_modules, skip_modules)
-    dense = dict.fromkeys(found.dense_names, "")
+    found = find_prunable(model, prune_modules, skip_modules, with_frozen)
+    dense = found.stays_dense
     if granularity == "filter":
         groups, reasons = find_filter_groups(model, example_inputs(), found.weights.keys())
         parameters = dict(model.named_parameters())

@@ -66,6 +66,12 @@ class Rule(Protocol):
         """Raises `ValueError` where the rule cannot prune this much, and warns where a pruning would do nothing."""
         return None
 
+    def planned(
+        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
+    ) -> list[float]:
+        """The sparsities that pruning to `sparsities` ends at, one after the other: those themselves, to a weight."""
+        return list(sparsities)
+
     def mark_attached(self, pruned: dict[str, Tensor]) -> None:
         """Marks what hangs on pruned weights: nothing, but for filters."""
         return None
@@ -177,6 +183,17 @@ class NOfMRule(Rule):
                 f"plan, so that cycle {', '.join(idle)} prunes nothing. Use fewer cycles."
             )
 
+    def planned(
+        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
+    ) -> list[float]:
+        gone = [
+            pruned[name].movedim(self.dimensions[name], -1).reshape(-1, self.m).sum(1, dtype=torch.int64)
+            for name in weights
+        ]
+        total = self.m * sum(len(blocks) for blocks in gone)
+        least = [self.m - self.kept(sparsity) for sparsity in sparsities]
+        return [sum(int(blocks.clamp_min(count).sum()) for blocks in gone) / total for count in least]
+
     @torch.no_grad()
     def select(
         self,
@@ -213,6 +230,15 @@ class FilterRule(Rule):
 
     def __init__(self, groups: list[FilterGroup], criterion: str = "magnitude", seed: int = 0):
         self.groups, self.criterion, self.seed = groups, criterion_named(criterion), seed
+
+    def planned(
+        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
+    ) -> list[float]:
+        if any(mask.any() for mask in pruned.values()):
+            return list(sparsities)  # how many of the single zeros lie in filters that go is not known yet
+        sizes = [(group.size, sum(weights[rows.name].numel() for rows in group.weights)) for group in self.groups]
+        total = sum(numel for _, numel in sizes)
+        return [sum(numel * round(s * size) // size for size, numel in sizes) / total for s in sparsities]
 
     @torch.no_grad()
     def select(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import is_pruned
 from transformers.pytorch_utils import Conv1D
 
 from .ranking import DTYPES
@@ -16,59 +19,109 @@ PRUNABLE_MODULES = (nn.Linear, _ConvNd, Conv1D)
 
 @dataclass(frozen=True)
 class PrunableWeights:
-    """`weights`: the prunable parameters by name, sorted; `dense_names`: weight matrices that stay dense.
+    """`weights`: the prunable parameters by name, sorted; `stays_dense`: why each other weight matrix is not pruned.
 
     `first_convolution` and `last_linear` are the names of the weights of the model's first convolution and last
     linear layer, in the order of its modules; None where there is no such layer, or it is not prunable.
     """
 
     weights: dict[str, nn.Parameter]
-    dense_names: tuple[str, ...]
+    stays_dense: dict[str, str]
     first_convolution: str | None
     last_linear: str | None
 
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """The names of the weight matrices that stay dense."""
+        return tuple(self.stays_dense)
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter | None:
+    """The weight that `layer` owns; None where it is computed anew at each access (weight norm)."""
+    return layer._parameters.get("weight")
+
 
 def find_prunable(
-    model: nn.Module, prune_modules: Sequence[str] | None = None, skip_modules: Sequence[str] | None = None
+    model: nn.Module,
+    prune_modules: Sequence[str] | None = None,
+    skip_modules: Sequence[str] | None = None,
+    with_frozen: bool = True,
 ) -> PrunableWeights:
     """The weights of linear and convolution layers (and Transformers' `Conv1D`), tied ones once.
 
     `prune_modules` and `skip_modules` are regular expressions searched in module names: with the former only modules
     that match one are pruned, the latter are left out. Embeddings stay dense, and so does a layer tied to one (T5's
-    `lm_head`) unless `prune_modules` matches it. Frozen weights are pruned like others. Raises `ValueError` where a
-    pattern matches no layer, or no layer is left to prune.
+    `lm_head`) unless `prune_modules` matches it. Frozen weights are pruned like others unless `with_frozen` is False.
+    Raises `ValueError` where a pattern matches no layer, no layer is left to prune, or a layer has no weight yet.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE_MODULES)}
+    _check_layers(model)
     chosen, skipped = (
         _matching(layers, prune_modules, "prune_modules"),
         _matching(layers, skip_modules, "skip_modules"),
     )
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    skipped_weights = {id(layers[name].weight) for name in skipped}
-    weights = {
-        id(module.weight)
-        for name, module in layers.items()
-        if id(module.weight) not in skipped_weights
-        and (name in chosen if prune_modules else id(module.weight) not in embeddings)
-    }
-    named = sorted(model.named_parameters())  # each parameter once, under its first name
-    prunable = {name: parameter for name, parameter in named if id(parameter) in weights}
+    embeddings = {id(weight_of(module)) for module in model.modules() if isinstance(module, nn.Embedding)}
+    skipped_weights = {id(weight_of(layers[name])) for name in skipped}
+    chosen_weights = {id(weight_of(layers[name])) for name in chosen}
+    of_layers = {id(weight_of(module)) for module in layers.values()}
+    prunable, dense = {}, {}
+    for name, parameter in sorted(model.named_parameters()):  # each parameter once, under its first name
+        if id(parameter) not in of_layers:
+            reason = _reason_outside_layers(model, name)
+        elif not parameter.numel():
+            reason = "it has no elements"
+        elif id(parameter) in skipped_weights:
+            reason = "skip_modules leaves it out"
+        elif prune_modules and id(parameter) not in chosen_weights:
+            reason = "prune_modules does not name it"
+        elif not prune_modules and id(parameter) in embeddings:
+            reason = "it is tied to an embedding"
+        elif not (with_frozen or parameter.requires_grad):
+            reason = "it is frozen, so that no gradient could decide what goes"
+        else:
+            prunable[name] = parameter
+            continue
+        if parameter.ndim > 1 and id(parameter) not in embeddings:
+            dense[name] = reason
     if not prunable:
+        frozen = "" if with_frozen else " that is trained"
         raise ValueError(
-            f"{type(model).__name__} has no prunable weight: only linear and convolution layers are pruned, "
+            f"{type(model).__name__} has no prunable weight{frozen}: only linear and convolution layers are pruned, "
             f"and prune_modules={prune_modules}, skip_modules={skip_modules} leave none of its {len(layers)} layers."
         )
     _check_tensors(prunable)
-    dense = [n for n, p in named if p.ndim > 1 and id(p) not in weights | embeddings]
     names = {id(parameter): name for name, parameter in prunable.items()}
     convolutions = [m for m in layers.values() if isinstance(m, _ConvNd)]
     linears = [m for m in layers.values() if isinstance(m, nn.Linear)]
     return PrunableWeights(
         prunable,
-        tuple(dense),
-        first_convolution=names.get(id(convolutions[0].weight)) if convolutions else None,
-        last_linear=names.get(id(linears[-1].weight)) if linears else None,
+        dense,
+        first_convolution=names.get(id(weight_of(convolutions[0]))) if convolutions else None,
+        last_linear=names.get(id(weight_of(linears[-1]))) if linears else None,
     )
+
+
+def _reason_outside_layers(model: nn.Module, name: str) -> str:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, (ParametrizationList, *PRUNABLE_MODULES)):
+        return "its layer's weight is computed from it (weight norm or another parametrization)"
+    return f"{type(owner).__name__} is no linear or convolution layer"
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Raises `ValueError` for layers that have no weight of their own yet, with the way to one."""
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise ValueError(
+                f"{name} is a lazy {type(module).__name__} whose weights do not exist yet. Run a batch through the "
+                "model once, such as model(**batch), before it is given to the trainer."
+            )
+        if isinstance(module, PRUNABLE_MODULES) and weight_of(module) is None and is_pruned(module):
+            raise ValueError(
+                f"{name} is pruned by torch.nn.utils.prune, which computes its weight from {name}.weight_orig and a "
+                "mask. Make it a weight of its own first, torch.nn.utils.prune.remove(module, 'weight') for each such "
+                "layer, and keep its zeros with keep_zeros=True."
+            )
 
 
 @dataclass(frozen=True)
@@ -85,7 +138,7 @@ class LayerInfo:
 
 def layer_infos(model: nn.Module) -> dict[str, LayerInfo]:
     """Of every linear and convolution layer of `model`, by the name of its weight."""
-    kinds = {id(m.weight): type(m) for m in reversed([*model.modules()]) if isinstance(m, PRUNABLE_MODULES)}
+    kinds = {id(weight_of(m)): type(m) for m in reversed([*model.modules()]) if isinstance(m, PRUNABLE_MODULES)}
     infos = {}
     for name, parameter in model.named_parameters():
         if (kind := kinds.get(id(parameter))) is not None:

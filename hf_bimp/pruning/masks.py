@@ -64,6 +64,10 @@ class Masks:
         """Raises `ValueError` where the rule cannot prune to one of these sparsities, one after the other."""
         self.rule.check_plan(self.weights, self.pruned or self._empty(), sparsities)
 
+    def planned(self, sparsities: Sequence[float]) -> list[float]:
+        """What the rule makes of these sparsities, one after the other: it may take whole inputs or filters alone."""
+        return self.rule.planned(self.weights, self.pruned or self._empty(), sparsities)
+
     def prune(self, sparsity: float) -> Selection:
         """Prunes to `sparsity` as the rule says: exactly `round(sparsity * num_weights)` where it ranks weights."""
         pruned = self.pruned or self._empty()
@@ -89,12 +93,16 @@ class Masks:
 
     @torch.no_grad()
     def swap(self, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> None:
-        """Prunes the weights that are True in `drop`, and gives those back that are True in `grow`, by the same names.
+        """Prunes the weights that are True in `drop`, and gives those back that are True in `grow`, by their names.
 
-        A pruned weight that is given back starts from zero; one in both stays what it is.
+        Tensors that neither names stay as they are. A pruned weight that is given back starts from zero; one in both
+        is left unpruned.
         """
-        for name, dropped in drop.items():
-            self.pruned[name] = (self.pruned[name] | dropped) & ~grow[name]
+        self.pruned = self.pruned or self._empty()
+        for name in drop.keys() | grow.keys():
+            mask = self.pruned[name]
+            mask = mask | drop[name] if name in drop else mask
+            self.pruned[name] = mask & ~grow[name] if name in grow else mask
             self.weights[name].masked_fill_(self.pruned[name], 0)
 
     @property

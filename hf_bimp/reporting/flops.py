@@ -3,17 +3,17 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..pruning.layers import PRUNABLE_MODULES
-from ..reproducibility import preserved_random_state
+from ..pruning.layers import PRUNABLE_MODULES, weight_of
+from ..reproducibility import preserved_random_state, untouched
+from ..storage.model_formats import out_of_wrappers
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class MultiplyAdds:
     """Multiply-adds of one forward pass, one for each product of two numbers: half of torch's flops.
 
     `total`: of the whole pass over the example batch; `per_weight`: by parameter name, those in which an element of
-    that weight is a factor. All elements of a linear or convolution weight take part in equally many.
+    that weight is a factor. All elements of a linear or convolution weight take part in equally many. `used`: the
+    parameters that any operation of the pass has read.
     """
 
     total: int
     per_weight: dict[str, int]
+    used: frozenset[str] = field(default=frozenset(), compare=False)
 
     def speedup(self, density: Mapping[str, float]) -> float:
         """Dense over sparse multiply-adds, where `density` is the share of nonzero elements by parameter name.
@@ -51,14 +53,15 @@ def count_multiply_adds(model: nn.Module, example_inputs: Tensor | tuple | Mappi
     out of its wrappers (DDP, `torch.compile`). A weight shared by several modules, or used several times, gets the
     sum, and one that the pass does not use gets 0. Where a layer's weight is used without calling the layer (the
     `out_proj` of `nn.MultiheadAttention`), its multiply-adds are in `total` alone, that is, they count as dense.
+    The pass changes nothing of the model, buffers included.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = out_of_wrappers(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones under the first name
     layers: dict[nn.Module, str] = {
-        module: names[id(module.weight)]
+        module: names[id(weight_of(module))]
         for module in model.modules()
         # A reparametrised weight (weight norm) is no parameter of the model.
-        if isinstance(module, PRUNABLE_MODULES) and id(module.weight) in names
+        if isinstance(module, PRUNABLE_MODULES) and weight_of(module) is not None
     }
     # Fused operations of torch that its counter knows no formula for: only their shapes matter, whatever their sums.
     inner_products = dict.fromkeys(
@@ -66,9 +69,12 @@ def count_multiply_adds(model: nn.Module, example_inputs: Tensor | tuple | Mappi
     )
     counter = FlopCounterMode(display=False, custom_mapping=inner_products)
     args, kwargs = _call_arguments(example_inputs)
-    with _inference(model), counter, _attributed(counter, layers) as flops:
+    with _inference(model) as used, counter, _attributed(counter, layers) as flops:
         model(*args, **kwargs)
-    return MultiplyAdds(counter.get_total_flops() // 2, {name: flops[name] // 2 for name in sorted(flops)})
+    per_weight = {name: flops[name] // 2 for name in sorted(flops)}
+    return MultiplyAdds(
+        counter.get_total_flops() // 2, per_weight, frozenset(name for i, name in names.items() if i in used)
+    )
 
 
 def theoretical_speedup(model: nn.Module, example_inputs: Tensor | tuple | Mapping[str, Any]) -> float:
@@ -77,7 +83,7 @@ def theoretical_speedup(model: nn.Module, example_inputs: Tensor | tuple | Mappi
     `example_inputs` as in `count_multiply_adds`, whose exceptions hold here too.
     """
     counts = count_multiply_adds(model, example_inputs)
-    weights = dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
+    weights = dict(out_of_wrappers(model).named_parameters())
     # A weight without elements is used in no multiply-add, so that its density does not matter.
     return counts.speedup({n: int(weights[n].count_nonzero()) / max(weights[n].numel(), 1) for n in counts.per_weight})
 
@@ -126,16 +132,21 @@ def _attributed(counter: FlopCounterMode, layers: Mapping[nn.Module, str]) -> It
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, out of kernels that count as nothing; all is left as it was."""
-    training = {module: module.training for module in model.modules()}
+def _inference(model: nn.Module) -> Iterator[set[int]]:
+    """Evaluation mode without gradients, out of kernels that count as nothing; all is left as it was.
+
+    Gives the ids of the parameters that have been used.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoder in one kernel
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with preserved_random_state(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
+        with untouched(model) as used, preserved_random_state(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model.eval()
+            for parameter in trained:  # torch's counter fails where a parameter itself is a module's input
+                parameter.requires_grad_(False)
+            yield used
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in training.items():
-            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..arguments import BIMPArgumentsMixin
 from ..storage.model_formats import is_own, library_of, loading_code
 from .plots import LAYERS_PLOT_NAME
-from .results import MOST_ROWS
+from .results import MOST_ROWS, is_number
 
 HUB_LIBRARIES = {
     "transformers": "transformers",
@@ -59,7 +59,7 @@ def write_model_card(
         base_model=base_model,
         datasets=_as_list(dataset_tags) or None,
         pipeline_tag=_first(tasks),
-        metrics=[m for m in (results or {}).get("final", {}) if not m.endswith("loss")] or None,
+        metrics=list(_scores(results)) or None,
         model_name=name,
         eval_results=_eval_results(results, _first(tasks), _first(datasets), _first(dataset_args)),
     )
@@ -92,9 +92,11 @@ def _first(value: str | list[str] | None) -> str | None:
 
 
 def _base_model(model: nn.Module) -> str | None:
-    """The Hub id that the model was loaded from; a local path means nothing to others."""
-    name = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
-    return name if name and not Path(name).exists() else None
+    """The Hub id that the model was loaded from; a local path, gone since perhaps, means nothing to others."""
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    # The commit is known of what came from the Hub alone.
+    is_of_hub = getattr(config, "_commit_hash", None) is not None and not Path(config.name_or_path).exists()
+    return config.name_or_path if is_of_hub else None
 
 
 def _eval_results(results: dict | None, task: str | None, dataset: str | None, config: str | None):
@@ -109,9 +111,14 @@ def _eval_results(results: dict | None, task: str | None, dataset: str | None, c
             metric_type=metric,
             metric_value=value,
         )
-        for metric, value in results["final"].items()
-        if not metric.endswith("loss")
+        for metric, value in _scores(results).items()
     ]
+
+
+def _scores(results: dict | None) -> dict[str, Any]:
+    """The metrics of the final model that are numbers, and no loss."""
+    final = results["final"] if results else {}
+    return {name: value for name, value in final.items() if not name.endswith("loss") and is_number(value)}
 
 
 def _summary(results: dict | None, base_model: str | None) -> str:
@@ -123,10 +130,17 @@ def _summary(results: dict | None, base_model: str | None) -> str:
     if results["paper"] is None:
         how = ""
     return (
-        f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** (those of linear "
-        f"and convolution layers) and {results['sparsity']['all_parameters']:.2%} of all parameters are zero. Trained "
-        f"with hf_bimp: {how}{results['summary']}."
+        f"A version{of} in which **{results['sparsity']['prunable']:.2%} of the prunable weights** "
+        f"({_counted(results['sparsity'])}) and {results['sparsity']['all_parameters']:.2%} of all parameters are "
+        f"zero. Trained with hf_bimp: {how}{results['summary']}."
     )
+
+
+def _counted(sparsity: dict) -> str:
+    prunable, in_layers = sparsity["num_prunable"], sparsity["num_in_layers"]
+    if prunable == in_layers:
+        return f"all {prunable:,} of linear and convolution layers"
+    return f"{prunable:,} of the {in_layers:,} of linear and convolution layers; the others stay dense, see below"
 
 
 def _sections(source: CardSource) -> list[str]:
@@ -162,7 +176,14 @@ def _measures(results: dict) -> str:
     details = (
         f"<details><summary>Sparsity of each layer</summary>\n\n{_table(['weight', 'sparsity'], layers)}\n\n</details>"
     )
-    return _table(["measure", "value"], rows) + f"\n\n![Sparsity of each layer]({LAYERS_PLOT_NAME})\n\n{details}"
+    parts = [_table(["measure", "value"], rows), f"![Sparsity of each layer]({LAYERS_PLOT_NAME})", details]
+    if results["stays_dense"]:
+        dense = [[name, reason] for name, reason in results["stays_dense"].items()]
+        parts.append(
+            "<details><summary>Weight matrices that stay dense</summary>\n\nEmbeddings aside.\n\n"
+            f"{_table(['weight', 'why'], dense)}\n\n</details>"
+        )
+    return "\n\n".join(parts)
 
 
 def _shrinking(args: BIMPArgumentsMixin) -> str:
@@ -179,9 +200,13 @@ def _table(header: list[str], rows: list[list]) -> str:
 def _metrics_table(results: dict) -> str:
     dense, sparse = results["dense"], f"{results['sparsity']['prunable']:.2%} sparse"
     if not dense:
-        return _table(["metric", sparse], [[m, f"{value:.4g}"] for m, value in results["final"].items()])
-    rows = [[m, f"{dense.get(m, float('nan')):.4g}", f"{value:.4g}"] for m, value in results["final"].items()]
+        return _table(["metric", sparse], [[m, _shown(value)] for m, value in results["final"].items()])
+    rows = [[m, _shown(dense.get(m, "-")), _shown(value)] for m, value in results["final"].items()]
     return _table(["metric", "dense", sparse], rows)
+
+
+def _shown(value: Any) -> str:
+    return f"{float(value):.4g}" if is_number(value) else str(value)
 
 
 def _plan_rows(results: dict) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..methods import Method
+from .results import is_number
 
 PLOT_NAME = "bimp_run.png"
 LAYERS_PLOT_NAME = "bimp_layers.png"
@@ -65,4 +66,4 @@ def write_layer_plot(directory: str, results: dict) -> None:
 
 def _metric_points(log: list[dict], name: str) -> list[tuple[int, float]]:
     keys = (f"eval_{name}", f"before_prune_{name}", f"after_prune_{name}")
-    return [(entry["step"], entry[key]) for entry in log for key in keys if key in entry]
+    return [(entry["step"], entry[key]) for entry in log for key in keys if is_number(entry.get(key))]

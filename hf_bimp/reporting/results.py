@@ -1,7 +1,9 @@
 """What a run did, read off its log: the plan table and `bimp_results.json`."""
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..methods import Method
+from ..pruning.layers import PRUNABLE_MODULES, weight_of
 from ..pruning.masks import Masks
 from ..storage.files import write_json
 
@@ -73,15 +76,19 @@ def collect_results(
     theoretical_speedup: float | None,
     samples_per_second: float | None,
     args: TrainingArguments,
+    stays_dense: Mapping[str, str],
+    diverged: bool,
 ) -> dict[str, Any]:
-    """Everything worth keeping of a finished run, as JSON.
+    """Everything worth keeping of a run, as JSON.
 
     `settings` are those that a resumed run must share, `final` the metrics of the final model, `samples_per_second`
-    those of all processes.
+    those of all processes, `stays_dense` the reasons of the weight matrices that are not pruned. Of weights that have
+    `diverged` to NaN there is no sparsity.
     """
     prunings = [_pruning(entry, log_history) for entry in log_history if "prune_cycle" in entry]
     return {
         "method": method.name,
+        "diverged": diverged,
         "plan": method.plan.to_dict(),
         "summary": method.summary,
         "paper": method.paper,
@@ -92,7 +99,8 @@ def collect_results(
         "prunings": prunings,
         "final": final,
         "pruning_stability": _stability(prunings[-1]) if prunings else {},
-        "sparsity": sparsities(model, method.masks),
+        "sparsity": None if diverged else sparsities(model, method.masks),
+        "stays_dense": dict(stays_dense),
         "theoretical_speedup": theoretical_speedup,
         "collapsed_layers": method.masks.collapsed,
         "allocation": settings["allocation"],
@@ -115,8 +123,8 @@ def _version(package: str) -> str:
 
 
 def _dense_metrics(method: Method, prunings: list[dict], final: dict) -> dict[str, float]:
-    """Those of the dense model that was pruned; pruning-stable methods have none."""
-    if not method.traits.has_dense_phase:
+    """Those of the dense model that was pruned; pruning-stable methods have none, nor models that came sparse."""
+    if not method.traits.has_dense_phase or method.plan.initial_sparsity > 0:
         return {}
     return prunings[0]["before"] if prunings else final
 
@@ -143,18 +151,32 @@ def _stability(pruning: dict) -> dict[str, float]:
     return {
         k: 1 - (before[k] - after[k]) / before[k]
         for k in before
-        if not k.endswith("loss") and before[k] and k in after
+        if not k.endswith("loss") and before[k] and is_number(before[k]) and is_number(after.get(k))
     }
 
 
+def is_number(value: Any) -> bool:
+    """Whether a metric can be compared: NaN, lists, texts and truth values cannot."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def sparsities(model: nn.Module, masks: Masks) -> dict[str, Any]:
-    """Counted zeros, not planned ones: of the prunable weights, of all parameters, and of each prunable tensor."""
+    """Counted zeros, not planned ones: of the prunable weights, of all parameters, and of each prunable tensor.
+
+    With what they are shares of: `num_prunable`, and `num_in_layers`, all weights of linear and convolution layers
+    but those tied to embeddings.
+    """
     zeros = {name: int((weight == 0).sum()) for name, weight in masks.weights.items()}
     parameters = list(model.parameters())
+    in_layers = {
+        id(w): w.numel() for m in model.modules() if isinstance(m, PRUNABLE_MODULES) if (w := weight_of(m)) is not None
+    }
     return {
         "prunable": sum(zeros.values()) / masks.num_weights,
         "all_parameters": sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters),
         "per_layer": {name: zeros[name] / weight.numel() for name, weight in masks.weights.items()},
+        "num_prunable": masks.num_weights,
+        "num_in_layers": sum(in_layers.values()),
     }
 
 
@@ -175,7 +197,8 @@ def main_metric(chosen: str | None, metrics: dict[str, float]) -> str | None:
     """The metric to show: the one that chooses the best model, else the first that is not a loss, else the loss."""
     if chosen is not None:
         return chosen.removeprefix("eval_")
-    return next((name for name in metrics if not name.endswith("loss")), next(iter(metrics), None))
+    numbers = [name for name, value in metrics.items() if is_number(value)]
+    return next((name for name in numbers if not name.endswith("loss")), next(iter(numbers), None))
 
 
 def write_results(directory: str, results: dict) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .files import write_json
+
+
+def out_of_wrappers(model: nn.Module) -> nn.Module:
+    """The user's own module: out of DDP, and of what `torch.compile` returned for it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def library_of(model: nn.Module) -> str | None:
@@ -84,26 +90,46 @@ def build(origin: dict[str, str], directory: Path) -> nn.Module:
         return timm.create_model(origin["name"], pretrained=False, **config.get("model_args", {}))
 
 
+def savable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with what safetensors asks for: every tensor contiguous, and none over another one's memory.
+
+    A module under two names is saved under both, so that `load_state_dict` finds all that it asks for. Transformers'
+    models see to that themselves.
+    """
+    state, seen = model.state_dict(), set()
+    if isinstance(model, PreTrainedModel):
+        return state
+    for name, tensor in state.items():
+        state[name] = tensor = tensor.contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen:
+            state[name] = tensor.clone()
+        seen.add(memory)
+    return state
+
+
 def weights_trainer_misses(model: nn.Module, checkpoint: str) -> dict[str, Tensor] | None:
     """The state dict of a saved model that `Trainer` would not load when it resumes; None where it does.
 
     Transformers writes some models (Segformer) under the names that the Hub knows. `from_pretrained` translates them
-    back, but `Trainer` warns of missing keys and goes on with the weights that it was given. Models of
-    segmentation-models-pytorch do not take the arguments with which it loads.
+    back, but `Trainer` warns of missing keys and goes on with the weights that it was given. So it does where
+    `torch.compile` has put a prefix before all names. Models of segmentation-models-pytorch do not take the arguments
+    with which it loads.
     """
-    if library_of(model) == "segmentation_models_pytorch":
+    bare = out_of_wrappers(model)
+    if library_of(bare) == "segmentation_models_pytorch":
         return load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
-    if not isinstance(model, PreTrainedModel):
-        return None
+    if not isinstance(bare, PreTrainedModel):
+        return None if bare is model else load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
     index = Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     else:
         with safe_open(Path(checkpoint) / SAFE_WEIGHTS_NAME, "pt") as file:
             names = set(file.keys())
-    if names <= model.state_dict().keys():
+    if bare is model and names <= bare.state_dict().keys():
         return None
-    return type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype).state_dict()
+    return type(bare).from_pretrained(checkpoint, config=bare.config, dtype=bare.dtype).state_dict()
 
 
 def loading_code(model: nn.Module, where: str) -> str:

@@ -21,7 +21,7 @@ STATE_NAME = "bimp_state.json"
 MASKS_NAME = "bimp_masks.safetensors"
 METHOD_NAME = "bimp_method.safetensors"
 STATISTICS_NAME = "bimp_statistics.safetensors"
-FORMAT_VERSION = 2  # 1: without a number, by version 0.1.0; read still
+FORMAT_VERSION = 3  # 1, without a number: by version 0.1.0; 2 knew no identity; both are read still
 
 logger = logging.get_logger(__name__)
 
@@ -33,11 +33,13 @@ def write_state(
     statistics: Mapping[str, Tensor],
     history: DenseHistory | None,
     num_processes: int,
+    identity: dict,
 ) -> None:
-    """Writes `settings` (what a resumed run must share), the numbers of the method's `state`, the dense history."""
+    """Writes what a resumed run must share (`settings`, `identity`), numbers of the method's `state`, the history."""
     content = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
+        "identity": identity,
         "progress": {name: value for name, value in state.items() if not torch.is_tensor(value)},
         "num_processes": num_processes,
         "has_tensors": bool(_tensors(state)),
@@ -99,16 +101,31 @@ def read_state(checkpoint: str) -> dict:
     return state
 
 
-def check_same_settings(checkpoint: str, saved: dict, current: dict) -> None:
-    """Raises `ValueError` where a checkpoint belongs to a run with another plan."""
+def check_same_run(checkpoint: str, saved: dict, settings: dict, identity: dict, num_processes: int) -> None:
+    """Raises `ValueError` where a checkpoint belongs to another run, and warns of another number of processes.
+
+    `saved` is the checkpoint's state; `settings` and `identity` are those of the run that goes on from it. Versions
+    before 3 of the format tell nothing of the identity.
+    """
     before_the_choice = {"granularity": "weight", "allocation": "global", "criterion": "magnitude"}
-    saved, current = before_the_choice | json.loads(json.dumps(saved)), json.loads(json.dumps(current))
-    differences = [f"{k}: {saved.get(k)} there, {current[k]} now" for k in current if saved.get(k) != current[k]]
+    there, known = before_the_choice | saved["settings"], saved.get("identity", {})
+    differences = _differences(there, settings)
+    differences += _differences(known, {name: value for name, value in identity.items() if name in known})
     if differences:
         raise ValueError(
-            f"{checkpoint} was written under another plan, so it cannot be resumed under this one. "
-            f"{'; '.join(differences)}. Resume with the same arguments, or choose another output_dir."
+            f"{checkpoint} was written by another run, so it cannot be resumed by this one. "
+            f"{'; '.join(differences)}. Resume with the same arguments and data, or choose another output_dir."
         )
+    if saved["num_processes"] != num_processes:
+        logger.warning(
+            f"{checkpoint} was written by {saved['num_processes']} processes, and {num_processes} go on at the same "
+            "batch size in all: they draw other random numbers and see the data in another order."
+        )
+
+
+def _differences(there: dict, now: dict) -> list[str]:
+    now = json.loads(json.dumps(now))
+    return [f"{name}: {there.get(name)} there, {value} now" for name, value in now.items() if there.get(name) != value]
 
 
 def find_dense_history(name_or_path: str) -> DenseHistory | None:

@@ -20,6 +20,8 @@ class RunHooks(Protocol):
 
     def interrupted(self) -> None: ...
 
+    def saved(self) -> None: ...
+
     def finish_run(self) -> None: ...
 
 
@@ -55,7 +57,7 @@ class PruningCallback(TrainerCallback):
         self.hooks.interrupted()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.hooks.interrupted()
+        self.hooks.saved()
 
 
 class ReportingCallback(TrainerCallback):

@@ -1,15 +1,16 @@
 """What a run saves, and how another one goes on from it: the checkpoint hooks of `Trainer`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..methods import Method
 from ..schedules.plan import Plan
 from ..storage import run_state
-from ..storage.model_formats import weights_trainer_misses, write_config
+from ..storage.model_formats import out_of_wrappers, savable_state, weights_trainer_misses, write_config
 from .setup import RunSetup
 
 _Base = Trainer if TYPE_CHECKING else object
@@ -48,23 +49,35 @@ class CheckpointHooks(_Base):
         self.resumed = run_state.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
         return resume_from_checkpoint or None
 
-    # Private in Trainer: the only place that sees every saved folder, checkpoints and the final model, on one process.
-    def _save(self, output_dir=None, *args, **kwargs):
-        output_dir = output_dir or self.args.output_dir
+    @property
+    def bare_model(self) -> nn.Module:
+        """The user's own module, out of `torch.compile`."""
+        return out_of_wrappers(self.model)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer`'s: every saved folder, of checkpoints and of the final model, gets what loading it needs."""
+        directory = output_dir or self.args.output_dir
         if self.args.should_save:
-            run_state.forget_completion(output_dir)
-        super()._save(output_dir, *args, **kwargs)
-        if self.args.should_save and not isinstance(self.model, PreTrainedModel):  # they have written theirs
-            write_config(self.model, Path(output_dir))
-        if self.args.should_save and self._bimp_run is not None:
-            self._save_bimp_run(output_dir)
+            run_state.forget_completion(directory)
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            if not isinstance(self.bare_model, PreTrainedModel):  # they have written theirs
+                write_config(self.bare_model, Path(directory))
+            if self._bimp_run is not None:
+                self._save_bimp_run(directory)
+
+    # Private: without it modules under two names, tensors in other memory formats and compiled models cannot be saved.
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is None and not isinstance(self.model, PreTrainedModel):
+            state_dict = savable_state(self.bare_model)
+        super()._save(output_dir, state_dict)
 
     def _save_bimp_run(self, output_dir: str) -> None:
         run, method = self._bimp_run, self._bimp_run.method
         is_dense_over = self.state.global_step >= method.plan.schedule_steps or run.recorded is not run.history
         history = run.recorded if is_dense_over else None
         state, statistics = method.state_dict(), method.masks.statistics
-        run_state.write_state(output_dir, run.settings, state, statistics, history, self.args.world_size)
+        run_state.write_state(output_dir, run.settings, state, statistics, history, self.args.world_size, run.identity)
         if run_state.is_checkpoint(output_dir) and not self.args.save_only_model:
             method.masks.save(Path(output_dir) / run_state.MASKS_NAME)
             run_state.write_tensors(output_dir, state, statistics)
@@ -76,23 +89,25 @@ class CheckpointHooks(_Base):
 
     # Private: without it Trainer keeps the given weights where a model is saved under other names than its own.
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
-        weights = weights_trainer_misses(self.model, resume_from_checkpoint)
-        if weights is None:
+        if not self._load_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        else:
-            self.model.load_state_dict(weights)
 
     # Private: as the one above.
     def _load_best_model(self):
-        weights = weights_trainer_misses(self.model, self.state.best_model_checkpoint)
-        if weights is None:
+        if not self._load_weights(self.state.best_model_checkpoint):
             super()._load_best_model()
-        else:
-            self.model.load_state_dict(weights)
+
+    def _load_weights(self, checkpoint: str) -> bool:
+        """Whether it has loaded what `Trainer` would not."""
+        weights = weights_trainer_misses(self.model, checkpoint)
+        if weights is not None:
+            self.bare_model.load_state_dict(weights)
+        return weights is not None
 
     # Private: the moment when model, optimizer and method are there and nothing has been trained yet.
     def _load_optimizer_and_scheduler(self, checkpoint):
-        run_state.check_same_settings(checkpoint, self.resumed["settings"], self._bimp_run.settings)
+        run = self._bimp_run
+        run_state.check_same_run(checkpoint, self.resumed, run.settings, run.identity, self.args.world_size)
         super()._load_optimizer_and_scheduler(checkpoint)
         method = self._bimp_run.method
         method.masks.load(Path(checkpoint) / run_state.MASKS_NAME)

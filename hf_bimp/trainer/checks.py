@@ -2,7 +2,6 @@
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers.utils import logging
 
 from ..methods import LayerCollapseError, Pruning
@@ -13,18 +12,16 @@ from ..reporting.flops import MultiplyAdds
 logger = logging.get_logger(__name__)
 
 
-def warn_of_unused(model: nn.Module, masks: Masks, counts: MultiplyAdds | None) -> None:
+def warn_of_unused(masks: Masks, counts: MultiplyAdds | None) -> None:
     """Warns of weights that are pruned although the model computes nothing with them: they hide in its sparsity."""
-    # torch's attention uses the weight of this layer without calling it, so that nothing is counted for it.
-    attention = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    weights = {} if counts is None else masks.weights
-    unused = [name for name, w in weights.items() if not counts.per_weight[name] and id(w) not in attention]
+    unused = [] if counts is None else [name for name in masks.weights if name not in counts.used]
     if unused:
         share = sum(masks.weights[name].numel() for name in unused) / masks.num_weights
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         logger.warning(
-            f"The model does not use {len(unused)} of its prunable weights ({share:.1%} of their elements): {shown}. "
-            "They count in its sparsity all the same; skip_modules leaves them out."
+            f"The model does not use {len(unused)} of its prunable weights ({share:.1%} of their elements) in a pass "
+            f"over the first training items, as their modules are never called: {shown}. They count in its sparsity "
+            "all the same; skip_modules leaves them out."
         )
 
 

@@ -1,96 +1,46 @@
 """Measuring a model in the middle of a run."""
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..reporting.flops import MultiplyAdds, count_multiply_adds
 from ..reporting.results import metrics_under
-from ..reproducibility import preserved_random_state
+from ..reproducibility import preserved_random_state, untouched
 from .checkpoints import CheckpointHooks
 from .checks import warn_of_unused
+from .example_inputs import check_readable_twice, examples, fitting_example, inputs_of_first_call
+from .train_accuracy import INSTEAD, accuracy, labels_of, logits_of
 
 logger = logging.get_logger(__name__)
 
 
-def check_readable_twice(data: Dataset) -> None:
-    """Raises `ValueError` for data whose first items training would go without, once they have been looked at."""
-    if isinstance(data, IterableDataset) and iter(data) is data:
-        raise ValueError(
-            "granularity='filter' traces the model with the first training items, and this data set gives every item "
-            "only once. Use one that starts over when iterated again, such as a datasets.IterableDataset."
-        )
-
-
-def first_items(inputs: Any, items: int = 2) -> Any:
-    """The first items of a batch: a mapping, a tuple or list (which becomes one), or a tensor."""
-    if isinstance(inputs, Mapping):
-        return {name: first_items(value, items) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(first_items(value, items) for value in inputs)
-    return inputs[:items] if torch.is_tensor(inputs) and inputs.ndim else inputs
-
-
-def try_to_count(model: nn.Module, inputs: Any) -> MultiplyAdds | None:
-    """Multiply-adds of one pass over `inputs`; None, with a warning, where a model defies counting."""
+@contextlib.contextmanager
+def only_a_measure(what: str) -> Iterator[None]:
+    """What fails inside is a warning: nothing that only measures or draws may end a training."""
     try:
-        return count_multiply_adds(model, inputs)
-    except Exception as error:  # any model's code runs here, and a measure alone must not end a training
-        logger.warning(f"No theoretical speedup will be reported, multiply-adds cannot be counted: {error!r}")
-        return None
+        yield
+    except Exception as error:  # metrics, models and data sets are anybody's code, and disks are full at times
+        logger.warning(f"{what} failed, and the run goes on without: {type(error).__name__}: {error}")
 
 
-def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
-    """The likeliest class of each label, in the shape of `labels`.
-
-    Logits are (items, classes), (items, tokens, classes), or for segmentation (items, classes, height, width), which
-    are resized to the labels' height and width.
-    """
-    if labels.ndim < 3:
-        return logits.argmax(-1)
-    return resized(logits, labels).argmax(1)
-
-
-def resized(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (items, classes, h, w) at the height and width of `labels` (items, H, W): many models give a quarter."""
-    if logits.shape[-2:] == labels.shape[-2:]:
-        return logits
-    return nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-
-
-@torch.no_grad()
-def accuracy(
-    batches: Iterable[dict[str, Any]],
-    forward: Callable[[dict[str, Any]], Any],
-    gather: Callable[[Tensor], Tensor],
-    shifts_labels: bool,
-) -> float:
-    """Share of the labels (tokens, pixels) of all `batches` that the model gets right.
-
-    `forward` gives the outputs of a batch, `gather` puts the rows of all processes together. Where `shifts_labels`, a
-    position predicts the next label.
-    """
-    counts = torch.zeros(2, dtype=torch.int64)
-    for inputs in batches:
-        labels, outputs = inputs["labels"], forward(inputs)
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        predictions = predicted_classes(logits, labels)
-        if shifts_labels:
-            predictions, labels = predictions[..., :-1], labels[..., 1:]
-        counted = labels.ne(-100)
-        # One row an item, so that the copies that fill up the last batch of some processes are dropped.
-        rows = [(predictions.eq(labels) & counted).reshape(len(labels), -1), counted.reshape(len(labels), -1)]
-        counts = gather(torch.stack([row.sum(1) for row in rows], 1)).sum(0) + counts.to(labels.device)
-    right, total = counts.tolist()
-    return right / total
+def try_to_count(model: nn.Module, batch: Any) -> MultiplyAdds | None:
+    """Multiply-adds of one pass over the first items of `batch`; None, with a warning, where a model defies it."""
+    problem: Exception | None = None
+    for inputs in examples(batch):
+        try:
+            return count_multiply_adds(model, inputs)
+        except Exception as error:  # any model's code runs here, and a measure alone must not end a training
+            problem = problem or error
+    logger.warning(f"No theoretical speedup will be reported, multiply-adds cannot be counted: {problem!r}")
+    return None
 
 
 class _ProgressOnly(TrainerCallback):
@@ -124,20 +74,22 @@ class MeasuringHooks(CheckpointHooks):
     def _metrics_around_pruning(self) -> dict[str, Any]:
         """Metrics of the model as it is on the evaluation data, without leaving a trace in the run.
 
-        It evaluates as `Trainer` does, and takes what trainers log beside what `evaluate` returns.
+        It evaluates as `Trainer` does, and takes what trainers log beside what `evaluate` returns. Where that fails,
+        there are none, and a warning.
         """
         if self.eval_dataset is None:
             return {}
-        with self._silent_evaluation() as logged, preserved_random_state():
-            metrics = self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
-            return metrics_under(
-                {name: value for entry in [*logged, metrics] for name, value in entry.items()}, "eval_"
-            )
+        logged: list[dict[str, Any]] = []
+        with only_a_measure("The evaluation around a pruning"), preserved_random_state():
+            with self._silent_evaluation() as logged:
+                logged.append(self.evaluate(ignore_keys=self._ignore_keys_around_pruning))
+            return metrics_under({name: value for entry in logged for name, value in entry.items()}, "eval_")
+        return {}
 
     @contextlib.contextmanager
     def _silent_evaluation(self) -> Iterator[list[dict[str, Any]]]:
         """Evaluations that callbacks (early stopping, trackers) do not see; gives what would have been logged."""
-        handler, control = self.callback_handler, copy.copy(self.control)
+        handler, control, flags = self.callback_handler, self.control, dict(vars(self.control))
         logged: list[dict[str, Any]] = []
         callbacks, handler.callbacks = handler.callbacks, [*map(_ProgressOnly, _progress_bars(handler.callbacks))]
         history, self.state.log_history = self.state.log_history, logged
@@ -145,45 +97,81 @@ class MeasuringHooks(CheckpointHooks):
             yield logged
         finally:
             handler.callbacks, self.state.log_history, self.control = callbacks, history, control
+            for name, value in flags.items():  # of the very object that Trainer is about to read
+                setattr(control, name, value)
+
+    # ---- On training items ----
+
+    def _measured_items(self) -> DataLoader:
+        """The training items in their order; as the user's own loader has them where there is no data set."""
+        if self.train_dataset is None:
+            return self.get_train_dataloader()
+        return self.get_test_dataloader(self.train_dataset)
 
     def _bimp_train_accuracy(self) -> float:
         """On the whole training set, in evaluation mode."""
-
-        def forward(inputs: dict[str, Any]) -> Any:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, inputs, return_outputs=True)[1]
-
-        batches = map(self._prepare_inputs, self.get_test_dataloader(self.train_dataset))
-        self.model.eval()
         with preserved_random_state():
-            share = accuracy(batches, forward, self.accelerator.gather_for_metrics, self._loss_shifts_labels)
+            batches = map(self._prepare_inputs, self._measured_items())
+            self.model.eval()
+            gather, names = self.accelerator.gather_for_metrics, self.label_names or ["labels"]
+            share = accuracy(batches, self._outputs_of, gather, names, self._loss_shifts_labels)
         self.model.train()
         return share
 
+    def _outputs_of(self, inputs: Any) -> Any:
+        with self.compute_loss_context_manager():
+            # A copy: with label smoothing or compute_loss_func Trainer takes the labels out.
+            return self.compute_loss(self.model, dict(inputs), return_outputs=True)[1]
+
+    def check_train_accuracy(self) -> None:
+        """Raises `ValueError` where the first batch shows that `_bimp_train_accuracy` would mean nothing."""
+        with preserved_random_state(), untouched(self.bare_model), torch.no_grad():
+            inputs = self._prepare_inputs(next(iter(self._measured_items())))
+            labels = labels_of(inputs, self.label_names or ["labels"])
+            self.model.eval()
+            try:
+                outputs = self._outputs_of(inputs)
+            except Exception as error:  # any trainer's compute_loss
+                raise ValueError(
+                    "retrain_schedule='acc_allr' measures an accuracy, and compute_loss(..., return_outputs=True) "
+                    f"gives no outputs of the first batch: {type(error).__name__}: {error}. {INSTEAD}"
+                ) from error
+            logits_of(outputs, labels)
+
     def _bimp_example_inputs(self) -> Any:
-        """The first training items as the model gets them, on its device."""
+        """The first training items as the model gets them, on its device, for tracing. Raises `ValueError`."""
         check_readable_twice(self.train_dataset)
         with preserved_random_state():
-            batch = next(iter(self.get_test_dataloader(self.train_dataset)))
-            return self._as_the_model_gets_them(batch)
+            batch = next(iter(self._measured_items()))
+            return fitting_example(self.bare_model, self._as_the_model_gets_them(batch))
 
     def _as_the_model_gets_them(self, batch: Any) -> Any:
-        inputs = self._prepare_inputs(batch)
-        if isinstance(inputs, Mapping) and self.compute_loss_func is not None:
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}  # Trainer keeps them
-        return first_items(inputs)
+        """What `compute_loss` hands to the model of a batch: labels may stay behind, and batches be anything."""
+        inputs = Trainer._prepare_inputs(self, batch)  # on the device; that of others may generate
+        given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        with preserved_random_state():
+            found = inputs_of_first_call(self.bare_model, lambda model: self.compute_loss(model, given))
+        return inputs if found is None else found
 
     def count_multiply_adds(self, batch: Any = None) -> None:
-        """At the start of a run, and again with its first batch: data without a length may give every item once."""
+        """At the start of a run, or with its first batch where data without a length may give every item once."""
         if batch is None:
             self._multiply_adds, self._waits_for_batch = None, not has_length(self.train_dataset)
-            inputs = None if self._waits_for_batch else self._bimp_example_inputs()
-        else:
-            inputs = self._as_the_model_gets_them(batch) if self._waits_for_batch else None
-            self._waits_for_batch = False
-        if inputs is not None:
-            self._multiply_adds = try_to_count(self.model, inputs)
-            warn_of_unused(self.model, self.method.masks, self._multiply_adds)
+            if self._waits_for_batch:
+                return
+            try:
+                with preserved_random_state():
+                    batch = next(iter(self._measured_items()))
+            except Exception as error:  # a loader of the user's own may be all that reads this data
+                logger.info(f"The first training items are looked at later: {type(error).__name__}: {error}")
+                self._waits_for_batch = True
+                return
+        elif not self._waits_for_batch:
+            return
+        self._waits_for_batch = False
+        with only_a_measure("Counting multiply-adds"):
+            self._multiply_adds = try_to_count(self.bare_model, self._as_the_model_gets_them(batch))
+            warn_of_unused(self.method.masks, self._multiply_adds)
 
     def theoretical_speedup(self) -> float | None:
         """Multiply-adds of the dense model over those of the model as it is; None where they cannot be counted."""

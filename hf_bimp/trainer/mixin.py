@@ -6,22 +6,15 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
 from ..arguments import BIMPArgumentsMixin
 from ..pruning.layers import find_prunable
-from ..reporting.model_card import CardSource, add_to_model_card, write_model_card
-from ..reporting.plots import write_layer_plot, write_plot
 from ..reporting.results import (
-    collect_results,
     final_metrics,
-    measures,
     plan_table,
-    sparsities,
-    write_results,
 )
 from ..reporting.throughput import Throughput
 from ..reproducibility import align_memory
@@ -29,14 +22,16 @@ from ..storage.model_formats import let_trainer_configure
 from ..support import check_devices, check_model, check_optimizer, check_scheduler, check_sharding
 from .callbacks import PruningCallback, ReportingCallback
 from .checks import check_ranks_agree, report_collapse
+from .divergence import DivergenceWatch
+from .finishing import FinishingHooks
+from .identity import identity
 from .lr_scheduler import PlannedScheduler
-from .measuring import MeasuringHooks
 from .setup import set_up_run
 
 logger = logging.get_logger(__name__)
 
 
-class BIMPMixin(MeasuringHooks):
+class BIMPMixin(FinishingHooks):
     """Trains, prunes and retrains within one `train()` call, as the arguments of `BIMPArgumentsMixin` say.
 
     To put before any subclass of `Trainer`; it takes what that takes, except for a learning-rate scheduler of one's
@@ -46,8 +41,7 @@ class BIMPMixin(MeasuringHooks):
         class SparseSFTTrainer(BIMPMixin, SFTTrainer): ...
     """
 
-    _bimp_trial = None  # of a hyperparameter search
-    results: dict | None = None  # of the finished run, as in bimp_results.json
+    _resumed_from: str | None = None  # the checkpoint that the run continues
 
     def __init__(self, *args, **kwargs):
         let_trainer_configure(kwargs["model"] if "model" in kwargs else next(iter(args), None))
@@ -66,7 +60,7 @@ class BIMPMixin(MeasuringHooks):
             check_optimizer(self.optimizer)
         if self.optimizer_cls_and_kwargs is not None:
             check_optimizer(self.optimizer_cls_and_kwargs[0])
-        find_prunable(self.model, self.args.prune_modules, self.args.skip_modules)
+        find_prunable(self.bare_model, self.args.prune_modules, self.args.skip_modules)
         self.add_callback(PruningCallback(self))
         self.callback_handler.callbacks.insert(0, ReportingCallback(self))
 
@@ -90,7 +84,7 @@ class BIMPMixin(MeasuringHooks):
         `save_strategy="no"`, the model. Raises `ValueError` where the arguments, the model and a checkpoint to resume
         from do not go together, before anything is trained or written.
         """
-        resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._ignore_keys_around_pruning, self._bimp_trial = ignore_keys_for_eval, trial
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
@@ -109,19 +103,23 @@ class BIMPMixin(MeasuringHooks):
     ) -> PlannedScheduler:
         """Makes the plan, the method and the scheduler that follows them."""
         self.args.validate()
+        check_model(self.model)  # an adapter may have come in since
         align_memory(self.model)
         if self.method is not None:  # of an earlier train() with the same optimizer
             self.method.detach(self.plain_optimizer)
-        measurable = has_length(self.train_dataset)
+        measurable = has_length(self.train_dataset) or self.train_dataset is None
         self._bimp_run = set_up_run(
             self.args,
-            self.model,
+            self.bare_model,
             self.plain_optimizer,
             num_training_steps,
             self._bimp_example_inputs,
             self._bimp_train_accuracy if measurable else None,
             self.resumed,
+            identity(self.args, self.train_dataset, self.plain_optimizer, self.accelerator.mixed_precision),
         )
+        if self.method.needs_train_accuracy:
+            self.check_train_accuracy()
         self.method.attach(self.plain_optimizer)
         self.lr_scheduler = PlannedScheduler(self.optimizer if optimizer is None else optimizer, self.method.rate)
         self._created_lr_scheduler = True
@@ -130,6 +128,7 @@ class BIMPMixin(MeasuringHooks):
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
         self.throughput = Throughput()
+        self.divergence = DivergenceWatch(self.bare_model, self.state.global_step, self._resumed_from)
         self.count_multiply_adds()
         if self.is_world_process_zero():
             print(plan_table(self.method, self._bimp_run.stays_dense), flush=True)
@@ -190,6 +189,7 @@ class BIMPMixin(MeasuringHooks):
         self.throughput.interrupted()
 
     def _prune_and_report(self) -> None:
+        self.check_weights()
         measured = self.method.is_measured and self.args.evaluate_prunings
         before: dict[str, Any] = {}
         after: dict[str, Any] = {}
@@ -216,51 +216,3 @@ class BIMPMixin(MeasuringHooks):
     # Private: before the last pruning nothing is best. EarlyStoppingCallback waits too, for its patience starts there.
     def _determine_best_metric(self, metrics, trial):
         return self.method.is_complete and super()._determine_best_metric(metrics, trial)
-
-    # ---- The end ----
-
-    def finish_run(self) -> None:
-        """Saves the final model, measures it where that was not done, and writes results and picture."""
-        if not self.method.is_complete:
-            logger.warning(
-                f"Training stopped after {self.method.cycle} of {self.plan.num_cycles} prunings: the model is "
-                f"{sparsities(self.model, self.method.masks)['prunable']:.2%} sparse."
-            )
-        if self.eval_dataset is not None and not self._metrics_of_final_model():
-            self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
-        directory = self._get_output_dir(self._bimp_trial)
-        if self.args.save_strategy != "no" and self._bimp_trial is None:
-            self.save_model(_internal_call=True)
-        rate = self.throughput.per_second()
-        self.results = collect_results(
-            self.method,
-            self._bimp_run.settings,
-            self.model,
-            self.state.log_history,
-            self._metrics_of_final_model(),
-            self.theoretical_speedup(),
-            rate and rate * self.args.world_size,
-            self.args,
-        )
-        self.log(measures(self.results))
-        if self.is_world_process_zero():
-            write_results(directory, self.results)
-            write_layer_plot(directory, self.results)
-            write_plot(directory, self.results, self.state.log_history, self.method)
-
-    def _metrics_of_final_model(self) -> dict[str, float]:
-        """Of the model as it is now: the best one, if that was loaded, or the last."""
-        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        step = self.state.best_global_step if is_best else self.state.global_step
-        return final_metrics(self.state.log_history, step)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes README.md: of its own where the parent's is plain `Trainer`'s, else the parent's with more in it."""
-        parent = super().create_model_card
-        is_plain = parent.__func__ is Trainer.create_model_card
-        if not is_plain:
-            parent(*args, **kwargs)
-        if self.is_world_process_zero():
-            where = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
-            source = CardSource(self.model, self.args, self.results, where)
-            write_model_card(source, *args, **kwargs) if is_plain else add_to_model_card(source)

@@ -1,7 +1,7 @@
 """What a run is going to do, from its arguments, its model and the checkpoint that it continues."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class RunSetup:
 
     `history`: the dense training that retraining refers to, None where it is not known. `recorded`: what checkpoints
     tell later runs of it. `stays_dense`: the weight matrices that are not pruned, each with the reason or "".
-    `settings`: what a resumed run must share.
+    `settings` and `identity`: what a resumed run must share, of its plan and beside it.
     """
 
     method: Method
@@ -36,6 +36,7 @@ class RunSetup:
     recorded: DenseHistory | None
     stays_dense: dict[str, str]
     settings: dict[str, Any]
+    identity: dict[str, Any]
 
     @property
     def learning_rate(self) -> float:
@@ -51,6 +52,7 @@ def set_up_run(
     example_inputs: Callable[[], Any],
     train_accuracy: Callable[[], float] | None,
     resumed: dict | None,
+    identity: dict[str, Any],
 ) -> RunSetup:
     """Makes plan, masks and method.
 
@@ -61,14 +63,17 @@ def set_up_run(
     plan = _plan(args, masks, total_steps, resumed)
     masks.mask_optimizer_state(optimizer)  # one passed by hand may have moved the zeros to keep before
     learning_rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
-    given = _given_history(model, resumed)
-    history = _dense_history(args, plan, learning_rate, given)
+    dense_steps = args.dense_steps if args.method_class.traits.has_dense_phase else None
+    only_trains_on = args.keep_zeros and not plan.num_cycles
+    is_asked_for = only_trains_on or (plan.schedule_steps == 0 and dense_steps is None)
+    given = _given_history(model, resumed) if is_asked_for else None
+    history = _dense_history(args, plan, learning_rate, dense_steps, given)
     # Fine-tuning a sparse model is no dense training: its checkpoint goes on telling of the one before.
-    recorded = given if args.keep_zeros and not plan.num_cycles else history
+    recorded = given if only_trains_on else history
     dense = None if history is None else history.rates(unit=learning_rate)
     run = Run(plan, masks, dense, layer_infos(model), args.seed, learning_rate, train_accuracy)
     method = args.method_class(run, args.method_settings)
-    return RunSetup(method, history, recorded, stays_dense, _settings(args, method, history))
+    return RunSetup(method, history, recorded, stays_dense, _settings(args, method, history), identity)
 
 
 def _masks(
@@ -84,6 +89,7 @@ def _masks(
         args.seed,
         args.prune_modules,
         args.skip_modules,
+        with_frozen=args.method_class.traits.prunes_frozen,
     )
     if args.keep_zeros:
         masks.keep_zeros()
@@ -100,20 +106,31 @@ def _plan(args: BIMPArgumentsMixin, masks: Masks, total_steps: int, resumed: dic
     # Resumed weights hold the zeros of later prunings too.
     initial = resumed["settings"]["plan"]["initial_sparsity"] if resumed else masks.sparsity
     plan = args.method_class.make_plan(args.budget(total_steps, initial), args.method_settings)
-    masks.check_plan([sparsity for sparsity in plan.sparsities if sparsity is not None])
+    if not args.method_class.traits.finds_sparsity:
+        masks.check_plan(plan.sparsities)
+        if resumed is None or resumed.get("format_version", 1) >= 3:  # as written by the version that began the run
+            plan = replace(plan, sparsities=tuple(masks.planned(plan.sparsities)))
     if masks.needs_gradients and plan.prune_steps and plan.prune_steps[0] == 0:
         raise ValueError(
             f"criterion={args.resolved_criterion!r} goes by gradients, and the plan prunes before the first step. "
             "Train before it prunes (dense_ratio above 0), or use criterion='magnitude'."
         )
-    zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
-    if plan.num_cycles and args.method_class.traits.keeps_zeros and not args.keep_zeros and not resumed:
-        if zeros > MANY_ZEROS:
-            logger.warning(
-                f"{zeros:.1%} of the prunable weights are zero already. Without keep_zeros=True they may grow back "
-                "before they are pruned, at no impact and so at a low learning rate."
-            )
+    if not args.keep_zeros and resumed is None:
+        _warn_of_zeros(args, masks)
     return plan
+
+
+def _warn_of_zeros(args: BIMPArgumentsMixin, masks: Masks) -> None:
+    zeros = sum(int((weight == 0).sum()) for weight in masks.weights.values()) / masks.num_weights
+    if zeros <= MANY_ZEROS:
+        return
+    way_out = "Without keep_zeros=True they may grow back before they are pruned, at no impact and so at a low rate."
+    if args.method == "dense" or not args.method_class.traits.keeps_zeros:
+        way_out = (
+            f"method={args.method!r} does not hold them: the model becomes dense, or chooses its zeros anew. To train "
+            "it as sparse as it is, use method='bimp' with keep_zeros=True and num_cycles=0."
+        )
+    logger.warning(f"{zeros:.1%} of the prunable weights are zero already. {way_out}")
 
 
 def _given_history(model: nn.Module, resumed: dict | None) -> DenseHistory | None:
@@ -125,10 +142,13 @@ def _given_history(model: nn.Module, resumed: dict | None) -> DenseHistory | Non
 
 
 def _dense_history(
-    args: BIMPArgumentsMixin, plan: Plan, learning_rate: float, given: DenseHistory | None
+    args: BIMPArgumentsMixin,
+    plan: Plan,
+    learning_rate: float,
+    dense_steps: int | None,
+    given: DenseHistory | None,
 ) -> DenseHistory | None:
     """The dense phase of the run, or with none in it that of the given model, if it is known."""
-    dense_steps = args.dense_steps if args.method_class.traits.has_dense_phase else None
     if plan.schedule_steps == 0 and dense_steps is None:
         if given is not None:
             logger.warning(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 
 from hf_bimp import BIMPArguments
-from hf_bimp.trainer.measuring import resized
+from hf_bimp.trainer.train_accuracy import resized
 
 
 def _named(module: nn.Module, inputs: tuple, output: Tensor | dict) -> dict[str, Tensor]:

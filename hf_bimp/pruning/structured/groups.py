@@ -1,6 +1,5 @@
 """Groups of filters that can be removed so that a model really shrinks, each checked to be removable."""
 
-import copy
 from collections.abc import Collection
 
 import torch
@@ -9,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .surgery import TOLERANCE, cpu_copy, cpu_inputs, output_difference, remove_channels, zero_channels
+from .surgery import TOLERANCE, cpu_copy, cpu_inputs, deep_copy, output_difference, remove_channels, zero_channels
 from .tracing import FilterGroup, Inputs, Rows, call, shared_weights, trace_groups
 
 __all__ = ["FilterGroup", "Rows", "find_filter_groups"]
@@ -116,9 +115,9 @@ def _is_removable(model: nn.Module, inputs: Inputs, groups: list[FilterGroup]) -
     """Whether the model puts out the same with a few channels of every group zeroed as with them removed."""
     generator = torch.Generator().manual_seed(0)
     choices = [(group, torch.randperm(group.size, generator=generator)[: 1 + group.size // 4]) for group in groups]
-    zeroed = copy.deepcopy(model)
+    zeroed = deep_copy(model)
     zero_channels(zeroed, choices)
-    smaller = copy.deepcopy(zeroed)
+    smaller = deep_copy(zeroed)
     try:
         remove_channels(smaller, choices)
         return output_difference(zeroed, smaller, inputs) <= TOLERANCE
@@ -130,7 +129,7 @@ def _is_removable(model: nn.Module, inputs: Inputs, groups: list[FilterGroup]) -
 @torch.no_grad()
 def _filled(model: nn.Module) -> nn.Module:
     """A copy with random parameters throughout: zeros, as after initialisation or pruning, would hide mistakes."""
-    model = copy.deepcopy(model)
+    model = deep_copy(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:

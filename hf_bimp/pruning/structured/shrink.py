@@ -17,7 +17,7 @@ from ...storage.files import write_json
 from ...storage.model_formats import build, write_config
 from ..layers import find_prunable
 from .groups import find_filter_groups
-from .surgery import TOLERANCE, cpu_copy, cpu_inputs, output_difference, remove_channels, zero_filters
+from .surgery import TOLERANCE, cpu_copy, cpu_inputs, deep_copy, output_difference, remove_channels, zero_filters
 from .tracing import Inputs
 
 SHRUNK_NAME = "shrunk.json"
@@ -50,7 +50,7 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
             f"{type(model).__name__} has no filter that can be removed: none in its {len(groups)} groups of coupled "
             'filters is wholly zero, with its biases and batch norms. Train with granularity="filter".'
         )
-    small = copy.deepcopy(model)
+    small = deep_copy(model)
     small.zero_grad()
     remove_channels(small, choices)
     difference = output_difference(cpu_copy(model), cpu_copy(small), cpu_inputs(example_inputs))

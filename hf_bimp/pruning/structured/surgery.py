@@ -57,9 +57,18 @@ def remove_channels(model: nn.Module, choices: Iterable[Choice]) -> None:
             weight.requires_grad_(trained[kind])
 
 
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy, also where modules hold tensors that a forward pass has computed (`torch.nn.utils.weight_norm`).
+
+    Python's deepcopy alone refuses those.
+    """
+    held = (value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value))
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
+
+
 def cpu_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32 and evaluation mode: neither TF32 nor half precision blurs its outputs."""
-    return copy.deepcopy(model).cpu().float().eval()
+    return deep_copy(model).cpu().float().eval()
 
 
 def cpu_inputs(inputs: Inputs) -> Inputs:

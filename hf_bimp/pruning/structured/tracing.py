@@ -16,7 +16,7 @@ from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 from transformers.pytorch_utils import Conv1D
 
-from ..layers import PRUNABLE_MODULES
+from ..layers import PRUNABLE_MODULES, weight_of
 
 Inputs = Tensor | tuple | Mapping
 Items = dict[tuple[Node, str], dict[int, list[int]]]  # node and its side, "out" or "in": channel: its places there
@@ -131,12 +131,15 @@ def trace_groups(
     dense: dict[str, str] = {}
     done: set[str] = set()
     for layer in [m for m in model.modules() if isinstance(m, PRUNABLE_MODULES)]:
-        name = graph.names[id(layer.weight)]
+        name = graph.name_of(layer)
+        if name is None:  # computed: none of the parameters that could be pruned
+            continue
         if layer not in graph.nodes:
             dense.setdefault(name, "no path that can be traced leads from it to the outputs")
         elif name not in done:
             items = graph.expand(layer)
-            producers = {graph.names[id(n.module.weight)] for n, side in items if side == "out" and _is_layer(n)}
+            named = [graph.name_of(node.module) for node, side in items if side == "out" and _is_layer(node)]
+            producers = {producer for producer in named if producer is not None}
             try:
                 groups.append(graph.read(layer, items))
             except _StaysDense as reason:
@@ -184,6 +187,11 @@ class _Graph:
                 model, inputs, forward, customized_pruners={Conv1D: CONV1D_PRUNER}, verbose=False
             )
         self.nodes: dict[nn.Module, Node] = self.graph.module2node
+
+    def name_of(self, layer: nn.Module) -> str | None:
+        """That of its weight; None where the weight is computed, as by weight norm."""
+        weight = weight_of(layer)
+        return None if weight is None else self.names[id(weight)]
 
     def expand(self, layer: nn.Module) -> Items:
         """What the output channels of `layer` reach, by node and side ("out", or "in" of a layer).
@@ -249,6 +257,8 @@ class _Graph:
             raise _StaysDense(f"its filters go through {OTHERS[node.type]}, which is not pruned")
         if node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn):
             raise _StaysDense("its filters are reshaped, for example into attention heads")
+        if _is_layer(node) and weight_of(module) is None:
+            raise _StaysDense("its filters are coupled with a layer whose weight is computed (weight norm)")
         if isinstance(module, _BatchNorm) and (module.weight is None or module.bias is None):
             raise _StaysDense("its filters go through a batch norm without weight and bias")
         if isinstance(module, _ConvNd) and module.groups > 1:

@@ -1,0 +1,118 @@
+"""A few training items as the model gets them, of whatever form batches have."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.utils import logging
+
+from ..reproducibility import preserved_random_state, untouched
+from ..storage.model_formats import out_of_wrappers
+
+logger = logging.get_logger(__name__)
+
+
+def check_readable_twice(data: Dataset | None) -> None:
+    """Raises `ValueError` for data whose first items training would go without, once they have been looked at."""
+    if isinstance(data, IterableDataset) and iter(data) is data:
+        raise ValueError(
+            "granularity='filter' traces the model with the first training items, and this data set gives every item "
+            "only once. Use one that starts over when iterated again, such as a datasets.IterableDataset."
+        )
+
+
+def first_items(inputs: Any, items: int = 2, batch_size: int | None = None) -> Any:
+    """The first items of a batch: a mapping, a tuple or list (which becomes one), or a tensor.
+
+    What has as many rows as the batch has items is cut, lists of one entry an item (boxes, masks) too; all else, such
+    as a number or a weight for each class, is left. `batch_size` is by default that of the first tensor.
+    """
+    size = find_batch_size(inputs) if batch_size is None else batch_size
+    if isinstance(inputs, Mapping):
+        return {name: first_items(value, items, size) for name, value in inputs.items()}
+    if batch_size is not None and isinstance(inputs, list) and len(inputs) == size:
+        return inputs[:items]
+    if isinstance(inputs, (tuple, list)):
+        return tuple(first_items(value, items, size) for value in inputs)
+    return inputs[:items] if torch.is_tensor(inputs) and inputs.ndim and len(inputs) == size else inputs
+
+
+def examples(batch: Any) -> Iterator[Any]:
+    """Ever more of a batch, from two items on: models that mix the items of a batch may not take a few."""
+    yield first_items(batch)
+    yield batch
+
+
+class _FirstCall(Exception):
+    """The model is being called."""
+
+
+def inputs_of_first_call(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
+    """What `run(model)` calls the model with, a tuple or a dict; it is stopped there, so that nothing is computed.
+
+    None where it does not call the model.
+    """
+    calls: list[Any] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append(_together(module, args, kwargs))
+        raise _FirstCall
+
+    hook = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        run(model)
+    except Exception as error:  # any trainer's compute_loss
+        if not isinstance(error, _FirstCall):
+            logger.info(f"compute_loss did not get as far as the model: {type(error).__name__}: {error}")
+    finally:
+        hook.remove()
+    return calls[0] if calls else None
+
+
+def _together(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Arguments as a tuple where none has a name, else by name."""
+    if not (args and kwargs):
+        return kwargs or args
+    names = list(inspect.signature(model.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def described(inputs: Any) -> str:
+    """What a batch holds, with shapes."""
+    if torch.is_tensor(inputs):
+        return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape)}"
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name}: {described(value)}" for name, value in inputs.items()) or "nothing"
+    if isinstance(inputs, (tuple, list)):
+        within = f" of {described(inputs[0])}" if inputs else ""
+        return f"{type(inputs).__name__} of length {len(inputs)}{within}"
+    return type(inputs).__name__
+
+
+def fitting_example(model: nn.Module, batch: Any) -> Any:
+    """Two items of `batch`, or all of it, on which the model can run. Raises `ValueError` where it takes neither.
+
+    The model is left as it was.
+    """
+    model, first_error = out_of_wrappers(model), None
+    for inputs in examples(batch):
+        try:
+            with untouched(model), preserved_random_state(), torch.no_grad():
+                model.eval()
+                model(**inputs) if isinstance(inputs, Mapping) else model(*_as_tuple(inputs))
+            return inputs
+        except Exception as error:  # any model's code
+            first_error = first_error or error
+    raise ValueError(
+        "granularity='filter' traces the model with the first training items, and the model does not take them: "
+        f"{type(first_error).__name__}: {first_error}. The batch holds {described(batch)}. Have the data collator "
+        "return the model's own arguments as a dict, or use granularity='weight'."
+    ) from first_error
+
+
+def _as_tuple(inputs: Any) -> tuple:
+    return inputs if isinstance(inputs, tuple) else (inputs,)

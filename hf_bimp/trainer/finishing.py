@@ -1,0 +1,123 @@
+"""How a run ends: well, with model, metrics, results, pictures and card; or because its weights are no numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..reporting.model_card import CardSource, add_to_model_card, write_model_card
+from ..reporting.plots import write_layer_plot, write_plot
+from ..reporting.results import collect_results, final_metrics, measures, sparsities, write_results
+from ..reporting.throughput import Throughput
+from .divergence import DivergenceWatch
+from .measuring import MeasuringHooks, only_a_measure
+
+logger = logging.get_logger(__name__)
+
+
+class FinishingHooks(MeasuringHooks):
+    """A mixin over `Trainer`: checks that there are weights to go on with, and sums a run up."""
+
+    _bimp_trial = None  # of a hyperparameter search
+    divergence: DivergenceWatch | None = None  # while a run trains
+    results: dict | None = None  # of the finished run, as in bimp_results.json
+    throughput: Throughput
+
+    # ---- While it goes on ----
+
+    def saved(self) -> None:
+        """A checkpoint is whole on the disk."""
+        self.throughput.interrupted()
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.divergence.checkpoint = str(Path(self._get_output_dir(self._bimp_trial)) / folder)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        if "loss" in logs or "train_loss" in logs:
+            self.check_weights()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.check_weights()
+        super().save_model(*args, **kwargs)
+
+    def check_weights(self) -> None:
+        """Raises `FloatingPointError` where they are NaN or infinite, once results have been written that say so."""
+        if self.divergence is None or not self.is_in_train:
+            return
+        watch, self.divergence = self.divergence, None  # what follows saves and logs what there is
+        try:
+            watch.check(self.state.global_step)
+        except FloatingPointError:
+            self._write_results(diverged=True)
+            raise
+        self.divergence = watch
+
+    # ---- The end ----
+
+    def finish_run(self) -> None:
+        """Saves the final model, then measures it where that was not done, and writes results and pictures."""
+        self.check_weights()
+        if not self.method.is_complete:
+            logger.warning(
+                f"Training stopped after {self.method.cycle} of {self.plan.num_cycles} prunings: the model is "
+                f"{sparsities(self.bare_model, self.method.masks)['prunable']:.2%} sparse."
+            )
+        if self.args.save_strategy != "no" and self._bimp_trial is None:
+            self.save_model(_internal_call=True)
+        history = self.state.log_history
+        summary = next((entry for entry in reversed(history) if "train_loss" in entry), None)
+        try:
+            if self.eval_dataset is not None and not self._metrics_of_final_model():
+                with only_a_measure("The evaluation of the final model"):
+                    self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
+            self._write_results()
+            self.log(measures(self.results))
+        finally:
+            if summary is not None:  # scripts read Trainer's own summary off the end
+                history[:] = [entry for entry in history if entry is not summary] + [summary]
+
+    def _write_results(self, diverged: bool = False) -> None:
+        """Of the run as far as it got; pictures too, unless it has diverged."""
+        rate = self.throughput.per_second()
+        self.results = collect_results(
+            self.method,
+            self._bimp_run.settings,
+            self.bare_model,
+            self.state.log_history,
+            self._metrics_of_final_model(),
+            None if diverged else self.theoretical_speedup(),
+            rate and rate * self.args.world_size,
+            self.args,
+            self._bimp_run.stays_dense,
+            diverged,
+        )
+        if not self.is_world_process_zero():
+            return
+        directory = self._get_output_dir(self._bimp_trial)
+        with only_a_measure("Writing the results"):
+            write_results(directory, self.results)
+        if not diverged:
+            with only_a_measure("Drawing the pictures"):
+                write_layer_plot(directory, self.results)
+                write_plot(directory, self.results, self.state.log_history, self.method)
+
+    def _metrics_of_final_model(self) -> dict[str, float]:
+        """Of the model as it is now: the best one, if that was loaded, or the last."""
+        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        step = self.state.best_global_step if is_best else self.state.global_step
+        return final_metrics(self.state.log_history, step)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md: of its own where the parent's is plain `Trainer`'s, else the parent's with more in it."""
+        parent = super().create_model_card
+        is_plain = parent.__func__ is Trainer.create_model_card
+        with only_a_measure("Writing the model card"):
+            if not is_plain:
+                parent(*args, **kwargs)
+            if self.is_world_process_zero():
+                where = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
+                is_there = self.results is not None and not self.results["diverged"]
+                source = CardSource(self.bare_model, self.args, self.results if is_there else None, where)
+                write_model_card(source, *args, **kwargs) if is_plain else add_to_model_card(source)
