@@ -92,10 +92,9 @@ def check_model(model: nn.Module) -> None:
     found = next((name for name, module in model.named_modules() if _is_of_peft(module)), None)
     if found is not None or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "Models with adapters (PEFT, add_adapter) are not supported"
-            + (f", and {found or 'the model'} is one" if found is not None else "")
-            + ": adapters are dense and saved alone, so pruning the weights under them leaves the merged model dense. "
-            "Merge first (PeftModel.merge_and_unload()), or train the base model without adapters."
+            f"PEFT models are not supported, and {found or 'the model'} has adapters: they are dense and saved alone, "
+            "so pruning the weights under them leaves the merged model dense. Merge first "
+            "(model.merge_and_unload()) or train the base model without adapters."
         )
 
 

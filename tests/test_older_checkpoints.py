@@ -54,7 +54,7 @@ def test_they_resume(tmp_path, name) -> None:
     for key, tensor in expected.items():  # written on another processor, so to rounding
         torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-5)
         assert torch.equal(weights[key] == 0, tensor == 0)
-    assert json.loads((tmp_path / "bimp_state.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "bimp_state.json").read_text())["format_version"] == 3
 
 
 def test_their_arguments_load() -> None:
@@ -65,6 +65,6 @@ def test_their_arguments_load() -> None:
 def test_ones_of_a_later_version_are_refused(tmp_path) -> None:
     shutil.copytree(OLD / "bimp" / "checkpoint-7", tmp_path / "checkpoint-7")
     path = tmp_path / "checkpoint-7" / "bimp_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
-    with pytest.raises(ValueError, match="format_version 3, and this hf_bimp reads up to 2. Upgrade"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 4}))
+    with pytest.raises(ValueError, match="format_version 4, and this hf_bimp reads up to 3. Upgrade"):
         trainer_of("bimp", tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))

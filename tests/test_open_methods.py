@@ -110,7 +110,7 @@ def test_arguments_are_pickled_and_loaded(tmp_path) -> None:
     [
         ({"beta": 1}, "beta is no setting of method='shrinking'. It has: alpha, rounds, label, layers"),
         ({"alpha": "0.1"}, "alpha.*expected float, got str"),
-        ({"alpha": True}, "alpha=True must be a number"),
+        ({"alpha": True}, "alpha: True must be a number"),
         ({"alpha": 1.5}, "alpha.*1.5 must lie strictly between 0 and 1"),
         ({"alpha": float("nan")}, "strictly between"),
         ({"rounds": 2.5}, "rounds.*expected int, got float"),

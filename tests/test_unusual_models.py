@@ -44,7 +44,7 @@ def with_adapter(way: str) -> nn.Module:
 @renamed
 @pytest.mark.parametrize("way", ["add_adapter", "get_peft_model", "inject_adapter_in_model"])
 def test_adapters_are_refused_however_they_came_in(tmp_path, way) -> None:
-    with pytest.raises(ValueError, match="adapters.*not supported.*[Mm]erge"):
+    with pytest.raises(ValueError, match="PEFT models are not supported.*has adapters.*Merge first"):
         make_trainer(tmp_path, with_adapter(way), translation_items())
 
 
@@ -55,7 +55,7 @@ def test_adapters_within_a_model_and_those_that_come_later(tmp_path) -> None:
             super().__init__()
             self.inner, self.head = with_adapter("get_peft_model"), nn.Linear(4, 4)
 
-    with pytest.raises(ValueError, match="adapters.*inner is one"):
+    with pytest.raises(ValueError, match="inner has adapters"):
         make_trainer(tmp_path, Wrapped(), translation_items())
     trainer = make_trainer(tmp_path, tiny_t5(), translation_items())
     trainer.model.add_adapter(LoraConfig(r=2, target_modules=["q"]))
@@ -262,5 +262,5 @@ def test_a_weight_that_is_used_without_its_layer_is_used(tmp_path, caplog) -> No
     model.spare = nn.Linear(4, 4)
     trainer = make_trainer(tmp_path, model)
     trainer.train()
-    assert "1 of its prunable weights" in caplog.text and "are never called: spare.weight." in caplog.text
+    assert "does not use 1 of its prunable weights" in caplog.text and "elements): spare.weight." in caplog.text
     assert matrices(model)["last.weight"].shape == (4, 16)

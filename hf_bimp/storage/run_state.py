@@ -109,12 +109,13 @@ def check_same_run(checkpoint: str, saved: dict, settings: dict, identity: dict,
     """
     before_the_choice = {"granularity": "weight", "allocation": "global", "criterion": "magnitude"}
     there, known = before_the_choice | saved["settings"], saved.get("identity", {})
-    differences = _differences(there, settings)
-    differences += _differences(known, {name: value for name, value in identity.items() if name in known})
-    if differences:
+    plans = _differences(there, settings)
+    others = _differences(known, {name: value for name, value in identity.items() if name in known})
+    if plans or others:
         raise ValueError(
-            f"{checkpoint} was written by another run, so it cannot be resumed by this one. "
-            f"{'; '.join(differences)}. Resume with the same arguments and data, or choose another output_dir."
+            f"{checkpoint} was written {'under another plan' if plans else 'by another run'}, so it cannot be resumed "
+            f"under this one. {'; '.join(plans + others)}. Resume with the same arguments and data, or choose another "
+            "output_dir."
         )
     if saved["num_processes"] != num_processes:
         logger.warning(

@@ -19,9 +19,9 @@ def warn_of_unused(masks: Masks, counts: MultiplyAdds | None) -> None:
         share = sum(masks.weights[name].numel() for name in unused) / masks.num_weights
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         logger.warning(
-            f"The model does not use {len(unused)} of its prunable weights ({share:.1%} of their elements) in a pass "
-            f"over the first training items, as their modules are never called: {shown}. They count in its sparsity "
-            "all the same; skip_modules leaves them out."
+            f"The model does not use {len(unused)} of its prunable weights ({share:.1%} of their elements): {shown}. "
+            "No operation of a pass over the first training items reads them, so their layers are not called there. "
+            "They count in its sparsity all the same; skip_modules leaves them out."
         )
 
 

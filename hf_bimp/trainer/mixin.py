@@ -47,6 +47,8 @@ class BIMPMixin(FinishingHooks):
         let_trainer_configure(kwargs["model"] if "model" in kwargs else next(iter(args), None))
         self.throughput = Throughput()
         super().__init__(*args, **kwargs)
+        # As it was given: other trainers map it, by functions that are not the same in every process.
+        self._given_data = {id(self.train_dataset): kwargs.get("train_dataset", self.train_dataset)}
         if not isinstance(self.args, BIMPArgumentsMixin):
             raise ValueError(
                 f"{type(self).__name__} needs BIMPArguments (BIMPSeq2SeqArguments), or your arguments with "
@@ -116,7 +118,7 @@ class BIMPMixin(FinishingHooks):
             self._bimp_example_inputs,
             self._bimp_train_accuracy if measurable else None,
             self.resumed,
-            identity(self.args, self.train_dataset, self.plain_optimizer, self.accelerator.mixed_precision),
+            self._identity(),
         )
         if self.method.needs_train_accuracy:
             self.check_train_accuracy()
@@ -124,6 +126,10 @@ class BIMPMixin(FinishingHooks):
         self.lr_scheduler = PlannedScheduler(self.optimizer if optimizer is None else optimizer, self.method.rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _identity(self) -> dict[str, Any]:
+        data = self._given_data.get(id(self.train_dataset), self.train_dataset)
+        return identity(self.args, data, self.plain_optimizer, self.accelerator.mixed_precision)
 
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
