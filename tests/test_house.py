@@ -16,6 +16,7 @@ from hf_bimp.trainer.checkpoints import CheckpointHooks
 from hf_bimp.trainer.loss import LabelWeightedLoss
 from hf_bimp.trainer.measuring import MeasuringHooks
 from hf_bimp.trainer.mixin import BIMPMixin
+from hf_bimp.trainer.plain_models import PlainModels
 
 PACKAGE = Path(hf_bimp.__file__).parent
 # Each may import those before it, and itself.
@@ -33,7 +34,7 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-MIXINS = (CheckpointHooks, MeasuringHooks, BIMPMixin, LabelWeightedLoss)
+MIXINS = (CheckpointHooks, MeasuringHooks, BIMPMixin, LabelWeightedLoss, PlainModels)
 
 
 def imports(path: Path) -> set[str]:
@@ -99,10 +100,12 @@ def test_private_overrides_are_few() -> None:
     assert private == [
         "_clip_grad_norm",
         "_determine_best_metric",
+        "_get_collator_with_removed_columns",
         "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_remove_unused_columns",
         "_save",
     ]
 
