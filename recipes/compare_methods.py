@@ -129,7 +129,7 @@ class Comparison:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see comparison_study.py")
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see comparison/study.py")
     parser.add_argument("--dataset_name", help="Hub id or local folder, in place of the config's")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
     parser.add_argument("--num_workers", type=int, default=1, help="runs side by side on this machine (1)")
