@@ -19,7 +19,7 @@ from .pruning.structured.shrink import load_shrunk, save_shrunk, shrink
 from .reporting.flops import theoretical_speedup
 from .schedules.dense_history import DenseHistory
 from .schedules.plan import Budget, Plan, make_plan
-from .trainer import BIMPMixin, BIMPSeq2SeqTrainer, BIMPTrainer
+from .trainer import BIMPMixin, BIMPSeq2SeqTrainer, BIMPTrainer, CrossEntropy
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "BIMPSeq2SeqTrainer",
     "BIMPTrainer",
     "Budget",
+    "CrossEntropy",
     "DenseHistory",
     "IterativeMagnitudePruning",
     "LayerCollapseError",

@@ -12,18 +12,17 @@ other down, so compare throughput only within one call. Writes `runs.jsonl`, `ta
 """
 
 import argparse
-import importlib
 import json
 import sys
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
-from types import ModuleType
 
 from filelock import FileLock
 
 from comparison.jobs import ERROR_NAME, Job, combinations, do_run, forget_failures, with_workers, work
+from comparison.recipe import load_recipe
 from comparison.study import Entry, Study
 from comparison.table import row, write_all
 from comparison.tuning import Search, choose
@@ -41,7 +40,7 @@ class Comparison:
     def __init__(self, study: Study, base: dict, output_dir: Path, storage: str | None):
         self.study, self.base, self.directory = study, base, output_dir
         self.storage = storage or f"sqlite:///{output_dir / 'tuning.db'}"
-        self.recipe: ModuleType = importlib.import_module(study.recipe)
+        self.recipe = load_recipe(study.recipe)
         self.runs: list[tuple[str, Entry, float, int, Job]] = []
         self.searches: dict[tuple[str, float | None], Job] = {}
         for label, entry in study.entries.items():
@@ -130,7 +129,7 @@ class Comparison:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see comparison_study.py")
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="YAML: see comparison/study.py")
     parser.add_argument("--dataset_name", help="Hub id or local folder, in place of the config's")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
     parser.add_argument("--num_workers", type=int, default=1, help="runs side by side on this machine (1)")

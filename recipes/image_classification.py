@@ -31,7 +31,7 @@ from hf_bimp.trainer.train_accuracy import predicted_classes
 from shared.cli import parse
 from shared.image_data import DataArguments, ImageTransform, load_images, num_classes
 from shared.outcome import Task
-from shared.vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
+from shared.vision import Streamed, Transformed, collate, prepare_arguments
 
 DEFAULT_CONFIG = "digits_resnet20.yaml"
 METRIC = "accuracy"
@@ -113,16 +113,18 @@ def build_task(
     loss = prepare_arguments(args)
     set_seed(args.seed)
     data = load_images(data_args)
-    model = name_logits(build_model(model_args, num_classes(data)))
+    model = build_model(model_args, num_classes(data))
     name = model_args.model_name_or_path
     processor = None if name is None else AutoImageProcessor.from_pretrained(name)
-    statistics = input_statistics(model_args, model, processor)
-    if model_args.timm_model is not None:  # the saved model's configuration tells how to prepare its images
-        size, mean, std = statistics
-        model.pretrained_cfg |= {"input_size": (model_args.channels, size, size), "mean": mean, "std": std}
+    size, mean, std = statistics = input_statistics(model_args, model, processor)
+
+    def tell_statistics(model: nn.Module) -> nn.Module:
+        if model_args.timm_model is not None:  # the saved model's configuration tells how to prepare its images
+            model.pretrained_cfg |= {"input_size": (model_args.channels, size, size), "mean": mean, "std": std}
+        return model
 
     def new_model() -> nn.Module:
-        return name_logits(build_model(model_args, num_classes(data)))
+        return tell_statistics(build_model(model_args, num_classes(data)))
 
     sets = {
         split: Transformed(
@@ -131,11 +133,11 @@ def build_task(
         for split, rows in data.items()
     }
     trainer = BIMPTrainer(
-        **({"model_init": new_model} if restarts else {"model": model}),
+        **({"model_init": new_model} if restarts else {"model": tell_statistics(model)}),
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
-        data_collator=Collate(input_name(model)),
+        data_collator=collate,
         processing_class=processor,
         compute_loss_func=loss,
         compute_metrics=Streamed(Accuracy()),

@@ -10,12 +10,12 @@ deviation over the seeds, after every run.
 """
 
 import argparse
-import importlib
 from pathlib import Path
 
 from tqdm import tqdm
 
 from comparison.jobs import combinations, do_run, mean_and_deviation
+from comparison.recipe import load_recipe
 from shared.cli import read_config
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     given = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     study = {"scale": 100, "model_prefix": "", "dense_seed": None} | study
     study["common"] = {k: v for k, v in base.items() if k not in pruning_keys} | study.get("overrides", {}) | given
-    recipe = importlib.import_module(study["recipe"])
+    recipe = load_recipe(study["recipe"])
     study["metric"] = recipe.METRIC
     output_dir = args.output_dir.absolute()
     dense_config = study["common"] | study["dense"] | {"method": "dense"}

@@ -27,11 +27,12 @@ from transformers import (
 from hf_bimp import BIMPArguments, BIMPTrainer
 from hf_bimp.metrics import MeanIoU
 from hf_bimp.pruning.layers import PRUNABLE_MODULES
+from hf_bimp.trainer.cross_entropy import logits_of
 from hf_bimp.trainer.train_accuracy import predicted_classes
 from shared.cli import parse
 from shared.outcome import Task
 from shared.segmentation_data import DataArguments, SegmentationTransform, load_segmentations
-from shared.vision import Collate, Streamed, Transformed, input_name, name_logits, prepare_arguments
+from shared.vision import Streamed, Transformed, collate, prepare_arguments
 
 DEFAULT_CONFIG = "segmentation_sample.yaml"
 METRIC = "miou"
@@ -114,7 +115,7 @@ def freeze_unused(model: nn.Module, size: list[int]) -> list[str]:
     PSPNet with encoder_depth=3. Pruned, they would pass for sparsity.
     """
     parameters = dict(model.named_parameters())
-    logits = model.eval()(torch.zeros(1, 3, *size))["logits"]
+    logits = logits_of(model.eval()(torch.zeros(1, 3, *size)))
     gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     for name in unused:
@@ -123,14 +124,23 @@ def freeze_unused(model: nn.Module, size: list[int]) -> list[str]:
     return [f"^{re.escape(layer)}$" for layer in layers if f"{layer}.weight" in unused]
 
 
-def build_task(data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments) -> Task:
+def build_used(args: ModelArguments, data_args: DataArguments) -> tuple[nn.Module, list[str]]:
+    """The model, and what `freeze_unused` gives of it."""
+    model = build_model(args, data_args.num_classes)
+    return model, freeze_unused(model, data_args.crop_size or data_args.image_size)
+
+
+def build_task(
+    data_args: DataArguments, model_args: ModelArguments, args: BIMPArguments, restarts: bool = False
+) -> Task:
+    """The whole task; with `restarts` every `train()` starts from a new model, as hyperparameter search wants it."""
     loss = prepare_arguments(args)
     set_seed(args.seed)
     data = load_segmentations(data_args)
     if len(data["train"]) % args.train_batch_size == 1:  # DeepLabV3's pooling cannot be normalised over one image
         data["train"] = data["train"].select(range(len(data["train"]) - 1))
-    model = name_logits(build_model(model_args, data_args.num_classes))
-    if unused := freeze_unused(model, data_args.crop_size or data_args.image_size):
+    model, unused = build_used(model_args, data_args)
+    if unused:
         args.skip_modules = [*(args.skip_modules or ()), *unused]
     name = model_args.model_name_or_path
     processor = None if name is None else AutoImageProcessor.from_pretrained(name)
@@ -140,11 +150,11 @@ def build_task(data_args: DataArguments, model_args: ModelArguments, args: BIMPA
         for split, rows in data.items()
     }
     trainer = BIMPTrainer(
-        model=model,
+        **({"model_init": lambda: build_used(model_args, data_args)[0]} if restarts else {"model": model}),
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
-        data_collator=Collate(input_name(model)),
+        data_collator=collate,
         processing_class=processor,
         compute_loss_func=loss,
         compute_metrics=Streamed(MeanIoU(data_args.num_classes)),

@@ -10,19 +10,48 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from helpers import At, classification_items, classifier, matrices, run_arguments, tiny_t5, translation_items
+from helpers import (
+    At,
+    Classifier,
+    classification_items,
+    classifier,
+    matrices,
+    run_arguments,
+    tiny_t5,
+    translation_items,
+)
 from hf_bimp import BIMPArguments, BIMPTrainer
 from method_table import PRUNING_STABLE, SHORT
 from processes import output_of
 
 STEPS, BOUNDARIES = 12, (4, 8)
-MODELS = {"classifier": (classifier, classification_items), "t5": (tiny_t5, translation_items)}
-SCHEDULES = {"classifier": "acc_allr", "t5": "allr"}
+
+
+class Plain(Classifier):
+    """Takes no labels and returns its logits alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)["logits"]
+
+
+def plain() -> Plain:
+    model = Plain()
+    model.load_state_dict(classifier().state_dict())
+    return model
+
+
+MODELS = {
+    "classifier": (classifier, classification_items),
+    "plain": (plain, classification_items),
+    "t5": (tiny_t5, translation_items),
+}
+SCHEDULES = {"classifier": "acc_allr", "plain": "acc_allr", "t5": "allr"}
 WHOLE = 40  # whole batches only: with two processes Accelerate repeats items to fill up the last one
 RAGGED = 37  # the last batch of an epoch is smaller, and accumulates fewer micro-batches
 METHODS = {name: SHORT[name] for name in PRUNING_STABLE}
 TASKS = {  # of two processes: model, batch of each process, accumulation
     "classifier": ("classifier", 4, 1),
+    "plain, accumulation": ("plain", 2, 2),
     "t5": ("t5", 4, 1),
     "t5, accumulation": ("t5", 2, 2),
 }
@@ -126,6 +155,12 @@ def test_accumulated_batches_learn_the_same(tmp_path, name, accumulation):
     train(tmp_path / "whole", name, batch=8, accumulation=1, count=RAGGED)
     train(tmp_path / "parts", name, batch=8 // accumulation, accumulation=accumulation, count=RAGGED)
     assert_equivalent(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_logits_alone_learn_the_same_as_with_the_loss_of_the_model(tmp_path):
+    train(tmp_path / "own", "classifier", batch=4, accumulation=2, count=RAGGED)
+    train(tmp_path / "plain", "plain", batch=4, accumulation=2, count=RAGGED)
+    assert_equivalent(tmp_path / "own", tmp_path / "plain")
 
 
 def test_micro_batches_without_any_label_count_for_nothing(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    PreTrainedModel,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     TimmWrapperConfig,
@@ -20,7 +19,6 @@ from transformers import (
 from helpers import run_arguments, translation_items
 from hf_bimp import BIMPArguments, BIMPTrainer, load_shrunk, save_shrunk, shrink
 from hf_bimp.storage.model_formats import library_of, loading_code
-from shared.vision import CrossEntropy, input_name, name_logits
 from shrinkable import hf_resnet, t5
 from trainers import assert_same_tensors
 
@@ -78,11 +76,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
 
 def build(family: str) -> nn.Module:
     torch.manual_seed(0)
-    model = FAMILIES[family][0]()
-    return model if isinstance(model, PreTrainedModel) else name_logits(model)
+    return FAMILIES[family][0]()
 
 
-def items(family: str, model: nn.Module) -> list[dict]:
+def items(family: str) -> list[dict]:
     _, size, has_pixels = FAMILIES[family]
     if family == "t5":
         return translation_items(16)
@@ -90,7 +87,7 @@ def items(family: str, model: nn.Module) -> list[dict]:
     shape = (size, size) if has_pixels else ()
     return [
         {
-            input_name(model): torch.randn(3, size, size, generator=generator),
+            "pixel_values": torch.randn(3, size, size, generator=generator),
             "labels": torch.randint(0, CLASSES, shape, generator=generator),
         }
         for _ in range(16)
@@ -98,11 +95,9 @@ def items(family: str, model: nn.Module) -> list[dict]:
 
 
 def batch(family: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    first = items(family, model)[:3]
+    first = items(family)[:3]
     inputs = {name: torch.stack([item[name] for item in first]) for name in first[0]}
-    if library_of(model) in ("timm", "segmentation_models_pytorch"):
-        del inputs["labels"]
-    return inputs
+    return {"x": inputs["pixel_values"]} if library_of(model) in ("timm", "segmentation_models_pytorch") else inputs
 
 
 def trainer_of(family: str, output_dir: Path, granularity: str) -> BIMPTrainer:
@@ -117,16 +112,10 @@ def trainer_of(family: str, output_dir: Path, granularity: str) -> BIMPTrainer:
             num_cycles=2,
             target_sparsity=0.5,
             granularity=granularity,
-            label_names=["labels"],
             per_device_train_batch_size=4,
         )
     )
-    return BIMPTrainer(
-        model=model,
-        args=args,
-        train_dataset=items(family, model),
-        compute_loss_func=None if family == "t5" else CrossEntropy(),
-    )
+    return BIMPTrainer(model=model, args=args, train_dataset=items(family))
 
 
 def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from hf_bimp.trainer.finishing import FinishingHooks
 from hf_bimp.trainer.loss import LabelWeightedLoss
 from hf_bimp.trainer.measuring import MeasuringHooks
 from hf_bimp.trainer.mixin import BIMPMixin
+from hf_bimp.trainer.plain_models import PlainModels
 
 PACKAGE = Path(hf_bimp.__file__).parent
 # Each may import those before it, and itself.
@@ -34,7 +35,7 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-MIXINS = (CheckpointHooks, MeasuringHooks, FinishingHooks, BIMPMixin, LabelWeightedLoss)
+MIXINS = (CheckpointHooks, MeasuringHooks, FinishingHooks, BIMPMixin, LabelWeightedLoss, PlainModels)
 
 
 def imports(path: Path) -> set[str]:
@@ -100,10 +101,12 @@ def test_private_overrides_are_few() -> None:
     assert private == [
         "_clip_grad_norm",
         "_determine_best_metric",
+        "_get_collator_with_removed_columns",
         "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_remove_unused_columns",
         "_save",
     ]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from processes import RECIPES, output_of
-from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused, name_logits
+from semantic_segmentation import ARGUMENTS, ModelArguments, build_model, build_task, freeze_unused
 from shared.cli import parse, parse_config
 from shared.segmentation_data import (
     DataArguments,
@@ -210,7 +210,7 @@ def test_deeplabv3_meets_no_batch_of_one_image(tmp_path, folder) -> None:
 def test_unused_stages_of_an_encoder_are_not_prunable() -> None:
     def unused(**kwargs) -> list[str]:
         model = build_model(ModelArguments(smp_architecture="PSPNet", model_kwargs=kwargs), classes=3)
-        patterns = freeze_unused(name_logits(model), [32, 32])
+        patterns = freeze_unused(model, [32, 32])
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         assert {n.split(".")[1] for n in frozen} == {p.split(".")[1].rstrip("\\") for p in patterns}
         return patterns

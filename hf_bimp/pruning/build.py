@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..storage.model_formats import out_of_wrappers
 from .granularity import FilterRule, NOfMRule, WeightRule, parse_n_of_m
 from .layers import PrunableWeights, find_prunable, layer_infos
 from .masks import Masks
@@ -28,6 +29,7 @@ def make_masks(
     `with_frozen`: whether weights that are not trained are pruned too.
     Raises `ValueError` where nothing is left to prune.
     """
+    model = out_of_wrappers(model)
     found = find_prunable(model, prune_modules, skip_modules, with_frozen)
     dense = found.stays_dense
     if granularity == "filter":

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import is_pruned
 from transformers.pytorch_utils import Conv1D
 
+from ..storage.model_formats import out_of_wrappers
 from .ranking import DTYPES
 
 PRUNABLE_MODULES = (nn.Linear, _ConvNd, Conv1D)
@@ -54,6 +55,7 @@ def find_prunable(
     `lm_head`) unless `prune_modules` matches it. Frozen weights are pruned like others unless `with_frozen` is False.
     Raises `ValueError` where a pattern matches no layer, no layer is left to prune, or a layer has no weight yet.
     """
+    model = out_of_wrappers(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE_MODULES)}
     _check_layers(model)
     chosen, skipped = (

@@ -39,8 +39,13 @@ class _Config(dict):
 
 
 def let_trainer_configure(model: nn.Module | str | None) -> None:
-    """Trainer sets attributes on `model.config`, which segmentation-models-pytorch has as a plain dict."""
-    if isinstance(model, nn.Module) and library_of(model) == "segmentation_models_pytorch":
+    """Trainer sets attributes on `model.config`, which segmentation-models-pytorch has as a plain dict.
+
+    Doing it again changes nothing.
+    """
+    if not isinstance(model, nn.Module) or library_of(model) != "segmentation_models_pytorch":
+        return
+    if not isinstance(model.config, _Config):
         model._hub_mixin_config = _Config(model.config)  # what model.config gives; it cannot be set itself
 
 

@@ -49,22 +49,35 @@ class BIMPMixin(FinishingHooks):
         super().__init__(*args, **kwargs)
         # As it was given: other trainers map it, by functions that are not the same in every process.
         self._given_data = {id(self.train_dataset): kwargs.get("train_dataset", self.train_dataset)}
-        if not isinstance(self.args, BIMPArgumentsMixin):
-            raise ValueError(
-                f"{type(self).__name__} needs BIMPArguments (BIMPSeq2SeqArguments), or your arguments with "
-                f"BIMPArgumentsMixin before them, which say how much to prune, not {type(self.args).__name__}."
-            )
+        self._admit(self.model)  # the parent may have made another one of what it was given
         check_devices(self.args.n_gpu)
         check_sharding(self.is_fsdp_enabled, self.is_deepspeed_enabled)
-        check_model(self.model)
         check_scheduler(self.lr_scheduler)
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
         if self.optimizer_cls_and_kwargs is not None:
             check_optimizer(self.optimizer_cls_and_kwargs[0])
-        find_prunable(self.bare_model, self.args.prune_modules, self.args.skip_modules)
         self.add_callback(PruningCallback(self))
         self.callback_handler.callbacks.insert(0, ReportingCallback(self))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A model of `model_init`, adapted and checked as a given one is: every `train()` and every trial has its own.
+
+        Raises `ValueError` for a model that cannot be pruned.
+        """
+        model = super().call_model_init(trial)
+        self._admit(model)
+        return model
+
+    def _admit(self, model: nn.Module) -> None:
+        if not isinstance(self.args, BIMPArgumentsMixin):
+            raise ValueError(
+                f"{type(self).__name__} needs BIMPArguments (BIMPSeq2SeqArguments), or your arguments with "
+                f"BIMPArgumentsMixin before them, which say how much to prune, not {type(self.args).__name__}."
+            )
+        let_trainer_configure(model)
+        check_model(model)
+        find_prunable(model, self.args.prune_modules, self.args.skip_modules)
 
     @property
     def base_learning_rate(self) -> float:

@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from comparison.recipe import Recipe
 from hf_bimp.storage.files import write_json
 from hf_bimp.storage.run_state import last_complete_checkpoint
 from shared.cli import parse_config
@@ -26,7 +26,7 @@ ERROR_NAME = "error.txt"
 POLL_SECONDS = 1.0
 
 
-def do_run(recipe: ModuleType, folder: Path, config: dict) -> dict:
+def do_run(recipe: Recipe, folder: Path, config: dict) -> dict:
     """The results of a run of `recipe` in `folder`; does it first, or what is left of it, unless it is finished."""
     done = folder / RESULT_NAME
     if not done.is_file():

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
 
+from comparison.recipe import RECIPES
 from hf_bimp.methods import METHODS
 from shared.cli import read_config
-
-RECIPES = ("image_classification", "semantic_segmentation", "t5_wmt16")
 
 
 @dataclass

@@ -1,13 +1,12 @@
 """Grids of hyperparameters through Optuna and `Trainer.hyperparameter_search`, on the held-out data."""
 
-from types import ModuleType
-
 import optuna
 from optuna.pruners import NopPruner
 from optuna.samplers import GridSampler
 from optuna.trial import TrialState
 
 from comparison.jobs import combinations
+from comparison.recipe import Recipe
 from shared.cli import parse_config
 
 
@@ -17,7 +16,7 @@ class Search:
     A trial that was killed stays open in the storage; its point comes again when no other is left.
     """
 
-    def __init__(self, recipe: ModuleType, config: dict, grid: dict[str, list], metric: str, name: str, storage: str):
+    def __init__(self, recipe: Recipe, config: dict, grid: dict[str, list], metric: str, name: str, storage: str):
         self.recipe, self.config, self.grid, self.metric = recipe, config, grid, metric
         self.study = {
             "study_name": name,
