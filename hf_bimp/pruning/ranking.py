@@ -16,7 +16,8 @@ from torch import Tensor
 
 CHUNK = 1 << 18  # weights per chunk: temporaries that stay in the processor's cache
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # each is exact in float32
-_INFINITY_BUCKET = 0x7F80  # upper bits of float32's infinity; NaNs lie at or above it
+MAGNITUDE = 0x7FFFFFFF  # the bits of a float but for its sign
+INFINITY_BUCKET = 0x7F80  # upper bits of float32's infinity; NaNs lie at or above it
 _LOWEST = -(1 << 31)  # below the key of every number
 NOT_FINITE = (
     "A prunable weight is NaN or infinite, so magnitudes cannot be ranked: training diverged before this pruning. "
@@ -43,7 +44,7 @@ def flat_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def magnitude_keys(chunk: Tensor) -> Tensor:
     """int32 keys from 0 on, in the order of the magnitudes of `chunk`."""
-    return chunk.float().view(torch.int32) & 0x7FFFFFFF
+    return chunk.float().view(torch.int32) & MAGNITUDE
 
 
 def score_keys(chunk: Tensor, pruned: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class _Magnitudes:
         return (magnitude_keys(chunk) for weight in self.weights for chunk in flat_chunks(weight))
 
     def check(self, counts: Tensor) -> None:
-        if counts[_INFINITY_BUCKET:].any():
+        if counts[INFINITY_BUCKET:].any():
             raise ValueError(NOT_FINITE)
 
 
