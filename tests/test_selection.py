@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_bimp.pruning.ranking
 from hf_bimp import Masks
-from hf_bimp.pruning.ranking import prune_smallest
+from hf_bimp.pruning.ranking import mark_smallest, prune_smallest, selection_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Few different values: ties within and across layers. 2**-24 is subnormal in float16, 1e-40 in float32.
@@ -161,3 +162,56 @@ def test_the_largest_finite_weights_can_be_pruned() -> None:
     largest = torch.finfo(torch.float32).max
     masks = Masks({"w": torch.nn.Parameter(torch.tensor([[largest, -largest, largest, largest]]))})
     assert masks.prune(0.75).threshold == largest and masks.num_pruned == 3
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that would make a program wait for an accelerator."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        # A boolean mask as an index is a nonzero within.
+        by_mask = name == "index" and any(torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])
+        self.count += name in self.WAITING or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_on_accelerators_no_chunk_is_waited_for(monkeypatch, scored) -> None:
+    """Ties at the threshold included, and what is marked is the same."""
+    monkeypatch.setattr(hf_bimp.pruning.ranking, "CHUNK", 64)
+    counts = {}
+    for size in (64, 64 * 50):
+        weight = torch.randint(-9, 10, (size,), generator=torch.Generator().manual_seed(0)).float()
+        scores = [weight.roll(1)] if scored else None
+        expected = torch.zeros(size, dtype=torch.bool)
+        mark_smallest([weight], [expected], size // 3, scores)
+        mask = torch.zeros(size, dtype=torch.bool)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_bimp.pruning.ranking, "_reads_are_free", lambda tensor: False)
+            with HostReads() as reads:
+                mark_smallest([weight], [mask], size // 3, scores)
+            counts[size] = reads.count
+        assert torch.equal(mask, expected)
+        with HostReads() as reads:
+            selection_of([weight], [mask])
+        assert reads.count == 0  # one copy of three sums
+    assert counts[64] == counts[64 * 50] > 0
+
+
+def test_methods_that_rank_at_every_step_ask_for_no_norms(monkeypatch) -> None:
+    weights = {"w": torch.nn.Parameter(torch.randn(40))}
+    masks = Masks(weights)
+
+    def refuse(*args):
+        raise AssertionError("nobody reads these norms")
+
+    monkeypatch.setattr("hf_bimp.pruning.masks.selection_of", refuse)
+    assert int(masks.marks(0.5)["w"].sum()) == 20 and not masks.pruned
+    masks.renew(0.25, {"w": torch.randn(40)})
+    assert masks.num_pruned == 10

@@ -39,7 +39,8 @@ class DenseBehind(Method):
 
     @torch.no_grad()
     def sparsify(self, sparsity: float | None, optimizer: torch.optim.Optimizer) -> tuple[float | None, float]:
-        selection = self.masks.renew(cast(float, sparsity), self.behind)
+        self.masks.renew(cast(float, sparsity), self.behind)
+        selection = self.masks.removal(self.behind)
         self.show()
         if self.cycle + 1 == self.plan.num_cycles:
             self.behind = {}

@@ -69,7 +69,8 @@ class SoftMasks(Method):
             return super().sparsify(sparsity, optimizer)
         for name, values in self.frozen.items():
             self.masks.weights[name].add_(values)
-        selection = self.masks.renew(cast(float, sparsity))
+        self.masks.renew(cast(float, sparsity))
+        selection = self.masks.removal()
         is_last = self.cycle + 1 == self.plan.num_cycles
         masked = {} if is_last else self.masks.weights
         self.frozen = {name: weight * self.masks.pruned[name] for name, weight in masked.items()}

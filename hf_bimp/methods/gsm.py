@@ -2,7 +2,7 @@
 
 import torch
 
-from ..pruning.ranking import prune_smallest
+from ..pruning.ranking import mark_smallest
 from .base import Method, Traits
 from .registry import register_method
 
@@ -27,6 +27,6 @@ class GlobalSparseMomentum(Method):
         weights = [weight for weight, _ in found]
         passive = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
         count = sum(weight.numel() for weight in weights)
-        prune_smallest([weight * gradient for weight, gradient in found], passive, round(self.goal * count))
+        mark_smallest([weight * gradient for weight, gradient in found], passive, round(self.goal * count))
         for (_, gradient), mask in zip(found, passive, strict=True):
             gradient.masked_fill_(mask, 0)

@@ -32,7 +32,7 @@ class LearningCompression(Method):
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self.is_complete:
             return
-        decaying, _ = self.masks.smallest(self.goal)
+        decaying = self.masks.marks(self.goal)
         names = {id(weight): name for name, weight in self.masks.weights.items()}
         for group in optimizer.param_groups:
             decay = group["weight_decay"]

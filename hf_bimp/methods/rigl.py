@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 
-from ..pruning.ranking import prune_smallest
+from ..pruning.ranking import mark_smallest
 from .base import Method, Traits, skip_update
 from .registry import register_method
 from .settings import at_least, between
@@ -52,9 +52,9 @@ class RigL(Method):
             for name, pruned in self.masks.pruned.items():
                 weight, left = self.masks.weights[name], int((~pruned).count_nonzero())
                 if weight.grad is not None and (count := int(share * left)):
-                    prune_smallest([weight], [fewer := pruned.clone()], weight.numel() - left + count)
+                    mark_smallest([weight], [fewer := pruned.clone()], weight.numel() - left + count)
                     rest = ~fewer  # with, of the others, all but the largest gradients
-                    prune_smallest([weight], [rest], weight.numel() - count, [weight.grad.abs()])
+                    mark_smallest([weight], [rest], weight.numel() - count, [weight.grad.abs()])
                     self.masks.swap({name: fewer & ~pruned}, {name: ~rest})
             self.masks.mask_optimizer_state(optimizer)
             skip_update(optimizer)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .allocation import ALLOCATIONS, Layer, layer_counts
 from .criteria import Criterion, criterion_named, random_scores
 from .lamp import lamp_counts
-from .ranking import SCORE_NOT_FINITE, Selection, combined, prune_smallest, selection_of
+from .ranking import NOT_FINITE, SCORE_NOT_FINITE, mark_smallest
 from .structured.groups import FilterGroup, Rows
 
 FILTER_CRITERIA = ("magnitude", "random")  # what a norm of a whole filter is known for
@@ -52,13 +52,13 @@ class Rule(Protocol):
 
     criterion: Criterion
 
-    def select(
+    def mark(
         self,
         weights: Mapping[str, Tensor],
         pruned: dict[str, Tensor],
         sparsity: float,
         statistics: Mapping[str, Tensor] | None = None,
-    ) -> Selection: ...
+    ) -> None: ...
 
     def check_plan(
         self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
@@ -132,13 +132,13 @@ class WeightRule(Rule):
             for name, weight in weights.items()
         ]
 
-    def select(
+    def mark(
         self,
         weights: Mapping[str, Tensor],
         pruned: dict[str, Tensor],
         sparsity: float,
         statistics: Mapping[str, Tensor] | None = None,
-    ) -> Selection:
+    ) -> None:
         values, masks = list(weights.values()), [pruned[name] for name in weights]
         k = round(sparsity * sum(weight.numel() for weight in values))
         done = sum(int(mask.count_nonzero()) for mask in masks)
@@ -146,17 +146,14 @@ class WeightRule(Rule):
             raise ValueError(f"{done} weights are pruned already, and {k} would be fewer: masks only grow.")
         scores = self.criterion.scores(weights, pruned, statistics or {}, self.seed)
         if self.allocation == "global":
-            return prune_smallest(values, masks, k, scores)
+            mark_smallest(values, masks, k, scores)
+            return
         if self.allocation == "lamp":
             counts = lamp_counts(values, masks, k)
         else:
             counts = layer_counts(self.allocation, self.layers(weights, pruned), k)
-        return combined(
-            [
-                prune_smallest([value], [mask], count, None if scores is None else [scores[i]])
-                for i, (value, mask, count) in enumerate(zip(values, masks, counts, strict=True))
-            ]
-        )
+        for i, (value, mask, count) in enumerate(zip(values, masks, counts, strict=True)):
+            mark_smallest([value], [mask], count, None if scores is None else [scores[i]])
 
 
 class NOfMRule(Rule):
@@ -195,30 +192,27 @@ class NOfMRule(Rule):
         return [sum(int(blocks.clamp_min(count).sum()) for blocks in gone) / total for count in least]
 
     @torch.no_grad()
-    def select(
+    def mark(
         self,
         weights: Mapping[str, Tensor],
         pruned: dict[str, Tensor],
         sparsity: float,
         statistics: Mapping[str, Tensor] | None = None,
-    ) -> Selection:
+    ) -> None:
         masks = [pruned[name] for name in weights]
-        before = selection_of(weights.values(), masks)  # refuses weights that are no numbers
         kept = self.kept(sparsity)
         scores = self.criterion.scores(weights, pruned, statistics or {}, self.seed)
         for (name, weight), score, mask in zip(
             weights.items(), scores or [w.abs() for w in weights.values()], masks, strict=True
         ):
             if not (score.isfinite() | mask).all():
-                raise ValueError(SCORE_NOT_FINITE)
+                raise ValueError(NOT_FINITE if scores is None else SCORE_NOT_FINITE)
             inputs = self.dimensions[name]
             ranked = score.masked_fill(mask, -math.inf).movedim(inputs, -1)
             blocks = ranked.reshape(*ranked.shape[:-1], -1, self.m)
             order = blocks.argsort(dim=-1, stable=True)  # of equal ones the earlier goes first
             chosen = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[..., : self.m - kept], True)
             mask |= chosen.reshape(ranked.shape).movedim(-1, inputs).reshape(weight.shape)
-        after = selection_of(weights.values(), masks)
-        return Selection(after.threshold, after.removed_norm, before.norm)
 
 
 class FilterRule(Rule):
@@ -241,24 +235,23 @@ class FilterRule(Rule):
         return [sum(numel * round(s * size) // size for size, numel in sizes) / total for s in sparsities]
 
     @torch.no_grad()
-    def select(
+    def mark(
         self,
         weights: Mapping[str, Tensor],
         pruned: dict[str, Tensor],
         sparsity: float,
         statistics: Mapping[str, Tensor] | None = None,
-    ) -> Selection:
+    ) -> None:
         gone = [self._gone(group, pruned) for group in self.groups]
         drawn = random_scores(self.seed, gone) if self.criterion.score is None else None
         for i, group in enumerate(self.groups):
             scores = self._norms(group, weights) if drawn is None else drawn[i].cpu()
             if not scores.isfinite().all():
-                selection_of([weights[rows.name] for rows in group.weights], [pruned[r.name] for r in group.weights])
+                raise ValueError(NOT_FINITE)
             order = scores.masked_fill(gone[i].cpu(), -1).argsort(stable=True)
             chosen = order[: max(round(sparsity * group.size), int(gone[i].count_nonzero()))]
             _mark(pruned, group.weights, chosen)
         self.mark_attached(pruned)
-        return selection_of(weights.values(), [pruned[name] for name in weights])
 
     def mark_attached(self, pruned: dict[str, Tensor]) -> None:
         for group in self.groups:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .criteria import Accumulate
 from .granularity import Rule, WeightRule
-from .ranking import Selection
+from .ranking import Selection, selection_of
 
 
 class Masks:
@@ -71,25 +71,29 @@ class Masks:
     def prune(self, sparsity: float) -> Selection:
         """Prunes to `sparsity` as the rule says: exactly `round(sparsity * num_weights)` where it ranks weights."""
         pruned = self.pruned or self._empty()
-        selection = self.rule.select(self.weights, pruned, sparsity, self.statistics)
+        self.rule.mark(self.weights, pruned, sparsity, self.statistics)
+        selection = selection_of(self.weights.values(), [pruned[name] for name in self.weights])
         self.pruned = pruned
         self.mask_weights()
         return selection
 
-    def smallest(
-        self, sparsity: float, values: dict[str, Tensor] | None = None
-    ) -> tuple[dict[str, Tensor], Selection]:
+    def marks(self, sparsity: float, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the rule prunes of `values` (by default the weights) if nothing is pruned yet; nothing is changed."""
         marks = self._empty()
-        return marks, self.rule.select(values or self.weights, marks, sparsity, self.statistics)
+        self.rule.mark(values or self.weights, marks, sparsity, self.statistics)
+        return marks
 
-    def renew(self, sparsity: float, values: dict[str, Tensor] | None = None) -> Selection:
+    def renew(self, sparsity: float, values: dict[str, Tensor] | None = None) -> None:
         """Soft pruning: the masks of `values` (by default the weights), whatever was pruned before.
 
         The weights are not masked yet: what becomes of those that are no longer pruned is the caller's to say.
         """
-        self.pruned, selection = self.smallest(sparsity, values)
-        return selection
+        self.pruned = self.marks(sparsity, values)
+
+    def removal(self, values: dict[str, Tensor] | None = None) -> Selection:
+        """What masking `values` (by default the weights) by what is pruned takes away."""
+        values = values or dict(self.weights)
+        return selection_of(values.values(), [self.pruned[name] for name in values])
 
     @torch.no_grad()
     def swap(self, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> None:

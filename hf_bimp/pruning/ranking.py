@@ -3,7 +3,7 @@
 IEEE floats without their sign order like integers, and so do signed ones once the bits of negative ones are turned
 round. A histogram of the upper 16 bits finds the bucket that holds the threshold, a histogram of the lower 16 bits
 inside that bucket finds the threshold itself. Both are exact, take memory for 65,536 counters however large the model,
-and visit the weights in chunks.
+and visit the weights in chunks. Nothing is read back from an accelerator for a chunk: it would wait for each.
 """
 
 import math
@@ -48,23 +48,19 @@ def magnitude_keys(chunk: Tensor) -> Tensor:
 
 
 def score_keys(chunk: Tensor, pruned: Tensor) -> Tensor:
-    """int32 keys of either sign, in the order of `chunk`; what is pruned is below all others.
-
-    Raises `ValueError` where a score is NaN or infinite.
-    """
-    if not (chunk.isfinite() | pruned).all():
-        raise ValueError(SCORE_NOT_FINITE)
+    """int32 keys of either sign, in the order of `chunk`; what is pruned is below all others."""
     bits = (chunk.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(pruned, _LOWEST)
+    return (bits ^ ((bits >> 31) & MAGNITUDE)).masked_fill_(pruned, _LOWEST)
 
 
 class _Magnitudes:
     """The keys of weights, chunk by chunk: what was pruned before is zero, and so among the lowest."""
 
     offset = 0  # of the lowest upper half of a key
+    lowest = 0  # key, that of what was pruned before
 
-    def __init__(self, weights: list[Tensor]):
-        self.weights = weights
+    def __init__(self, weights: list[Tensor], pruned: list[Tensor]):
+        self.weights, self.device = weights, weights[0].device
         # bfloat16 is the upper half of float32: nothing is left to tell apart in the lower one.
         self.only_upper = all(weight.dtype == torch.bfloat16 for weight in weights)
 
@@ -72,6 +68,7 @@ class _Magnitudes:
         return (magnitude_keys(chunk) for weight in self.weights for chunk in flat_chunks(weight))
 
     def check(self, counts: Tensor) -> None:
+        """Raises `ValueError` where the histogram of upper halves has numbers that are none."""
         if counts[INFINITY_BUCKET:].any():
             raise ValueError(NOT_FINITE)
 
@@ -80,10 +77,11 @@ class _Scores:
     """The keys of scores, chunk by chunk."""
 
     offset = 1 << 15
+    lowest = _LOWEST
     only_upper = False
 
     def __init__(self, scores: list[Tensor], pruned: list[Tensor]):
-        self.scores, self.pruned = scores, pruned
+        self.scores, self.pruned, self.device = scores, pruned, scores[0].device
 
     def __iter__(self) -> Iterator[Tensor]:
         for score, mask in zip(self.scores, self.pruned, strict=True):
@@ -91,18 +89,36 @@ class _Scores:
                 yield score_keys(chunk, chunk_mask)
 
     def check(self, counts: Tensor) -> None:
-        """`score_keys` has."""
+        """As that of magnitudes; negative infinity lies just above the lowest keys, and negative NaNs between."""
+        lowest = self.offset - 1 - INFINITY_BUCKET
+        below = int(counts[: lowest + 1].sum()) - _number_pruned(self.pruned)
+        if below or counts[self.offset + INFINITY_BUCKET :].any():
+            raise ValueError(SCORE_NOT_FINITE)
 
 
-def _histogram(keys: Iterable[Tensor], shift: int, prefix: int | None, offset: int) -> Tensor:
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
+def _reads_are_free(tensor: Tensor) -> bool:
+    """Whether nothing has to be waited for."""
+    return tensor.device.type == "cpu"
+
+
+def _number_pruned(pruned: list[Tensor]) -> int:
+    return sum(int(mask.count_nonzero()) for mask in pruned)
+
+
+def _histogram(keys: _Magnitudes | _Scores, shift: int, prefix: int | None) -> Tensor:
+    """How many keys have each upper half, or with `prefix` as that each lower half: int64 (65536,), on the CPU."""
+    counts = torch.zeros((1 << 16) + 1, dtype=torch.int64, device=keys.device)  # one more for all that do not count
+    ones = torch.ones(CHUNK, dtype=torch.int64, device=keys.device)
     for chunk in keys:
+        chunk = chunk.to(keys.device)
         if prefix is None:
-            buckets = (chunk >> shift) + offset if offset else chunk >> shift
-        else:
+            buckets = (chunk >> shift) + keys.offset if keys.offset else chunk >> shift
+        elif _reads_are_free(chunk):
             buckets = (chunk[chunk >> 16 == prefix] & 0xFFFF) >> shift
-        counts += torch.bincount(buckets, minlength=1 << 16).cpu()
-    return counts
+        else:  # the size of what is picked out would have to be read
+            buckets = torch.where(chunk >> 16 == prefix, (chunk & 0xFFFF) >> shift, 1 << 16)
+        counts.scatter_add_(0, buckets.long(), ones[: len(buckets)])
+    return counts[:-1].cpu()
 
 
 def kth_smallest_key(keys: _Magnitudes | _Scores, k: int) -> tuple[int, int]:
@@ -113,7 +129,7 @@ def kth_smallest_key(keys: _Magnitudes | _Scores, k: int) -> tuple[int, int]:
     prefix: int | None = None
     below = 0
     for shift in (16,) if keys.only_upper else (16, 0):
-        counts = _histogram(keys, shift, prefix, keys.offset)
+        counts = _histogram(keys, shift, prefix)
         if prefix is None:
             keys.check(counts)
         totals = counts.cumsum(0)
@@ -124,39 +140,39 @@ def kth_smallest_key(keys: _Magnitudes | _Scores, k: int) -> tuple[int, int]:
     return found << 16 if keys.only_upper else found, below
 
 
-def prune_smallest(
-    weights: list[Tensor], pruned: list[Tensor], k: int, scores: list[Tensor] | None = None
-) -> Selection:
+def mark_smallest(weights: list[Tensor], pruned: list[Tensor], k: int, scores: list[Tensor] | None = None) -> None:
     """Marks exactly the k smallest magnitudes in the boolean tensors `pruned`, which also say what was pruned before.
 
     Equal magnitudes go in the order: pruned before, then the order of `weights`, then the flat index. Weights pruned
     before must be zero, so they are always among the smallest. Where `scores` (floats of either sign, shaped like
     `weights`, ranked in float32) are given, they are ranked in place of the magnitudes, behind what was pruned before.
+    Raises `ValueError` where what is ranked is NaN or infinite.
     """
-    keys = _Magnitudes(weights) if scores is None else _Scores(scores, pruned)
-    lowest = 0 if scores is None else _LOWEST
-    key, below = kth_smallest_key(keys, k) if k else (lowest, 0)
+    if not k:
+        return
+    keys = _Magnitudes(weights, pruned) if scores is None else _Scores(scores, pruned)
+    key, below = kth_smallest_key(keys, k)
     ties = k - below  # how many of the weights at the threshold itself go
-    if key == lowest:
-        ties -= sum(int(mask.count_nonzero()) for mask in pruned)
-    removed = total = largest = 0.0
-    for weight, score, mask in zip(weights, weights if scores is None else scores, pruned, strict=True):
-        chunks = zip(flat_chunks(weight), flat_chunks(score), mask.view(-1).split(CHUNK), strict=True)
-        for chunk, chunk_scores, chunk_mask in chunks:
-            chunk_keys = magnitude_keys(chunk) if scores is None else score_keys(chunk_scores, chunk_mask)
-            if ties:
-                at_threshold = ((chunk_keys == key) & ~chunk_mask).nonzero().view(-1)[:ties]
-                ties -= len(at_threshold)
-                chunk_mask[at_threshold] = True
-            chunk_mask |= chunk_keys < key
-            values = exact(chunk)
-            total += torch.dot(values, values).item()
-            values = values.masked_fill_(~chunk_mask.to(values.device), 0)
-            removed += torch.dot(values, values).item()
-            if scores is not None and len(values):
-                largest = max(largest, values.abs().max().item())
-    threshold = torch.tensor(key, dtype=torch.int32).view(torch.float32).item() if scores is None else largest
-    return Selection(threshold, math.sqrt(removed), math.sqrt(total))
+    if key == keys.lowest:
+        ties -= _number_pruned(pruned)
+    left = torch.tensor(ties, device=keys.device)
+    marks = (mask for tensor in pruned for mask in tensor.view(-1).split(CHUNK))
+    for chunk, mask in zip(keys, marks, strict=True):
+        if ties and (not _reads_are_free(mask) or left > 0):
+            left = left.to(mask.device)
+            at_threshold = (chunk == key) & ~mask
+            places = at_threshold.cumsum(0)
+            mask |= at_threshold & (places <= left)
+            left = left - places[-1] if len(places) else left
+        mask |= chunk < key
+
+
+def prune_smallest(
+    weights: list[Tensor], pruned: list[Tensor], k: int, scores: list[Tensor] | None = None
+) -> Selection:
+    """`mark_smallest`, and what it removes."""
+    mark_smallest(weights, pruned, k, scores)
+    return selection_of(weights, pruned)
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -165,24 +181,25 @@ def exact(tensor: Tensor) -> Tensor:
 
 
 def selection_of(weights: Iterable[Tensor], pruned: Iterable[Tensor]) -> Selection:
-    """Threshold and norms of weights that are about to be masked by `pruned`."""
-    removed = total = largest = 0.0
+    """Threshold and norms of weights that are about to be masked by `pruned`.
+
+    Raises `ValueError` where a weight is NaN or infinite.
+    """
+    sums: dict[torch.device, Tensor] = {}  # of the squares of all and of what goes, and the largest of that
     for weight, mask in zip(weights, pruned, strict=True):
         for chunk, chunk_mask in zip(flat_chunks(weight), mask.view(-1).split(CHUNK), strict=True):
+            if not len(chunk):
+                continue
             values = exact(chunk)
-            total += torch.dot(values, values).item()
-            values = values[chunk_mask.to(values.device)]
-            removed += torch.dot(values, values).item()
-            largest = max(largest, values.abs().max().item() if len(values) else 0.0)
+            gone = values.masked_fill(~chunk_mask.to(values.device), 0)
+            found = sums.setdefault(values.device, values.new_zeros(3))
+            found[0] += torch.dot(values, values)
+            found[1] += torch.dot(gone, gone)
+            low, high = gone.aminmax()
+            found[2].copy_(torch.maximum(found[2], torch.maximum(high, -low)))
+    read = [found.tolist() for found in sums.values()]
+    total, removed = sum(row[0] for row in read), sum(row[1] for row in read)
+    largest = max((row[2] for row in read), default=0.0)
     if not math.isfinite(total):
         raise ValueError(NOT_FINITE)
     return Selection(largest, math.sqrt(removed), math.sqrt(total))
-
-
-def combined(selections: list[Selection]) -> Selection:
-    """One selection out of those of several layers."""
-    return Selection(
-        max(s.threshold for s in selections),
-        math.hypot(*(s.removed_norm for s in selections)),
-        math.hypot(*(s.norm for s in selections)),
-    )
