@@ -3,6 +3,7 @@
 import torch
 
 from ..pruning.ranking import mark_smallest
+from ..pruning.zeroing import zero_masked
 from .base import Method, Traits
 from .registry import register_method
 
@@ -29,4 +30,4 @@ class GlobalSparseMomentum(Method):
         count = sum(weight.numel() for weight in weights)
         mark_smallest([weight * gradient for weight, gradient in found], passive, round(self.goal * count))
         for (_, gradient), mask in zip(found, passive, strict=True):
-            gradient.masked_fill_(mask, 0)
+            zero_masked(gradient, mask)

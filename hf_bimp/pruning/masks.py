@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .criteria import Accumulate
 from .granularity import Rule, WeightRule
 from .ranking import Selection, selection_of
+from .zeroing import zero_masked
 
 
 class Masks:
@@ -107,7 +108,7 @@ class Masks:
             mask = self.pruned[name]
             mask = mask | drop[name] if name in drop else mask
             self.pruned[name] = mask & ~grow[name] if name in grow else mask
-            self.weights[name].masked_fill_(self.pruned[name], 0)
+            zero_masked(self.weights[name], self.pruned[name])
 
     @property
     def needs_gradients(self) -> bool:
@@ -139,13 +140,13 @@ class Masks:
     def mask_weights(self) -> None:
         parameters = self.parameters
         for name, mask in self.pruned.items():
-            parameters[name].masked_fill_(mask, 0)
+            zero_masked(parameters[name], mask)
 
     def mask_gradients(self) -> None:
         parameters = self.parameters
         for name, mask in self.pruned.items():
             if (gradient := parameters[name].grad) is not None:
-                gradient.masked_fill_(mask, 0)
+                zero_masked(gradient, mask)
 
     def mask_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Zeroes every per-weight state (momentum, second moments, sums of squares) of the pruned weights."""
@@ -153,7 +154,7 @@ class Masks:
         for name, mask in self.pruned.items():
             for value in optimizer.state.get(parameters[name], {}).values():
                 if torch.is_tensor(value) and value.shape == mask.shape:
-                    value.masked_fill_(mask, 0)
+                    zero_masked(value, mask)
 
     def checksum(self) -> int:
         """One number that tells different masks apart, to compare processes."""
