@@ -13,6 +13,7 @@ import hf_bimp
 from helpers import sparsity
 from hf_bimp import BIMPArguments, Method
 from hf_bimp.methods import METHODS, Run
+from hf_bimp.methods.registry import make_config
 from hf_bimp.methods.settings import at_least, between
 from trainers import assert_same_tensors, make_trainer
 
@@ -131,6 +132,43 @@ def test_a_whole_number_will_do_for_a_float(tmp_path) -> None:
         arguments(tmp_path, method_config={"alpha": 1})
     with pytest.raises(ValueError, match="interval: 0 must be at least 1"):
         BIMPArguments(output_dir=str(tmp_path), method="rigl", target_sparsity=0.5, method_config={"interval": 0})
+
+
+@dataclass
+class AnyConfig:
+    share: float | None = None
+    times: list[float] = field(default_factory=list)
+    pair: tuple[float, float] = (0.0, 1.0)
+    steps: tuple[int, ...] = ()
+    bound: Annotated[float | None, at_least(0)] = None
+    named: dict[str, float] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ({"share": 1}, 1.0),
+        ({"share": None}, None),
+        ({"times": [1, 2.5]}, [1.0, 2.5]),
+        ({"pair": [1, 2]}, (1.0, 2.0)),
+        ({"steps": [1, 2, 3]}, (1, 2, 3)),
+        ({"bound": None}, None),
+        ({"bound": 2}, 2.0),
+        ({"named": {"a": 1}}, {"a": 1.0}),
+    ],
+)
+def test_values_are_taken_as_json_and_yaml_write_them(given, value) -> None:
+    method = type("Any", (Method,), {"name": "any", "description": "", "Config": AnyConfig})
+    ((name, _),) = given.items()
+    taken = getattr(make_config(method, given), name)
+    assert taken == value and type(taken) is type(value)
+
+
+@pytest.mark.parametrize("given", [{"share": True}, {"times": [True]}, {"pair": [1]}, {"steps": [1.5]}, {"bound": -1}])
+def test_values_that_do_not_fit_are_refused_by_name(given) -> None:
+    method = type("Any", (Method,), {"name": "any", "description": "", "Config": AnyConfig})
+    with pytest.raises(ValueError, match=f"method_config of method='any': {next(iter(given))}: "):
+        make_config(method, given)
 
 
 def test_settings_of_methods_with_arguments_of_their_own_go_there(tmp_path) -> None:

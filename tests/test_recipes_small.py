@@ -35,13 +35,16 @@ def test_global_selection_prunes_the_same_weights_as_torch():
     assert len(re.findall("target met|target MISSED", output)) == 3
 
 
-def test_step_overhead_measures_a_90_percent_sparse_model():
+def test_step_overhead_measures_every_run():
     sizes = ["--d_model", "64", "--num_layers", "1", "--vocab_size", "100", "--tokens", "8", "--batch_size", "2"]
     output = output_of_recipe("benchmarks/step_overhead.py", "--steps", "2", "--repeats", "2", *sizes)
-    assert "90.00% pruned; 2 x 8 tokens" in output
+    assert "90.00% pruned; 2 x 8 tokens" in output and "90.00% pruned; 2 x 2 tokens" in output
     ratios = re.findall(r"time ratio: ([\d.]+) \(middle half of 4 steps: ([\d.]+) to ([\d.]+)\)", output)
-    assert len(ratios) == 2 and all(float(low) <= float(mid) <= float(high) for mid, low, high in ratios)
-    assert all(part in output for part in ("masking gradients", "masking weights", "one pruning"))
+    assert len(ratios) == 8 and all(float(low) <= float(mid) <= float(high) for mid, low, high in ratios)
+    assert all(output.count(part) == 4 for part in ("masking gradients", "masking weights", "one pruning"))
+    table = re.findall(r"^(\S+) +2 x [28] +([\d.]+)% +[\d.]+ +[\d.]+$", output, re.M)
+    assert [name for name, _ in table] == ["weights", "small", "n:m", "filters"]
+    assert table[2][1] == "50.00" and 85 < float(table[3][1]) < 95
 
 
 def throughputs(*arguments: str) -> list[str]:

@@ -98,6 +98,16 @@ def test_masks_swap() -> None:
     masks.swap({"w": drop}, {"w": grow})
     assert masks.pruned["w"].tolist() == [[False, True, True, False]]
     assert weight.tolist() == [[0.0, 0.0, 0.0, 4.0]]  # the first grows from zero, the last stays
+    masks.swap({}, {"w": grow | drop})
+    assert masks.pruned["w"].tolist() == [[False, True, False, False]]
+    masks.swap({"w": drop}, {})
+    assert masks.pruned["w"].tolist() == [[False, True, True, True]] and masks.num_pruned == 3
+
+
+def test_masks_swap_before_anything_is_pruned() -> None:
+    masks = Masks({"w": nn.Parameter(torch.ones(2)), "v": nn.Parameter(torch.ones(2))})
+    masks.swap({"w": torch.tensor([True, False])}, {})
+    assert {name: mask.tolist() for name, mask in masks.pruned.items()} == {"w": [True, False], "v": [False, False]}
 
 
 def test_rigl_ends_with_the_promised_zeros_by_default() -> None:

@@ -69,7 +69,7 @@ class Rule(Protocol):
     def planned(
         self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
     ) -> list[float]:
-        """The sparsities that pruning to `sparsities` ends at, one after the other: those themselves, to a weight."""
+        """The sparsities that pruning to `sparsities` ends at, one after the other, up to whole weights or filters."""
         return list(sparsities)
 
     def mark_attached(self, pruned: dict[str, Tensor]) -> None:
@@ -224,15 +224,6 @@ class FilterRule(Rule):
 
     def __init__(self, groups: list[FilterGroup], criterion: str = "magnitude", seed: int = 0):
         self.groups, self.criterion, self.seed = groups, criterion_named(criterion), seed
-
-    def planned(
-        self, weights: Mapping[str, Tensor], pruned: dict[str, Tensor], sparsities: Sequence[float]
-    ) -> list[float]:
-        if any(mask.any() for mask in pruned.values()):
-            return list(sparsities)  # how many of the single zeros lie in filters that go is not known yet
-        sizes = [(group.size, sum(weights[rows.name].numel() for rows in group.weights)) for group in self.groups]
-        total = sum(numel for _, numel in sizes)
-        return [sum(numel * round(s * size) // size for size, numel in sizes) / total for s in sparsities]
 
     @torch.no_grad()
     def mark(

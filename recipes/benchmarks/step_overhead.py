@@ -1,7 +1,10 @@
 """Compare the time of a training step of `BIMPTrainer`, 90 % sparse, with that of plain `transformers.Trainer`.
 
-    python recipes/benchmarks/step_overhead.py                      # a T5 of T5-small's size, 5-10 minutes on a CPU
-    python recipes/benchmarks/step_overhead.py --steps 5 --repeats 1
+    python recipes/benchmarks/step_overhead.py             # a T5 of T5-small's size, four runs, 15-20 minutes on a CPU
+    python recipes/benchmarks/step_overhead.py --runs small --repeats 1
+
+The runs are: `weights` at the given batch, `small` with a quarter of its tokens, at which masking weighs most, and at
+those `n:m` (2:4, 50 % sparse) and `filters` (whole filters, as sparse as the weights).
 
 Both trainers train at once in one process and take turns step by step, each in a thread that waits while the other
 works, so that a machine that grows slower or faster favours neither: a sparse step is compared with the plain ones
@@ -36,7 +39,9 @@ from transformers import (
 
 from hf_bimp import BIMPArguments, BIMPTrainer, Masks, find_prunable
 
-MAX_RATIO = 1.03  # the target
+MAX_RATIO = 1.03  # the target, of every run
+# Each run's share of the given tokens, and what it prunes.
+RUNS = {"weights": (1.0, "weight"), "small": (0.25, "weight"), "n:m": (0.25, "2:4"), "filters": (0.25, "filter")}
 UNCOUNTED = 2  # first steps of a run: pruning, cold caches
 LEARNING_RATE = 1e-3
 SHARED_ARGUMENTS = {
@@ -133,7 +138,7 @@ def compare(plain: Trainer, sparse: Trainer) -> list[Comparison]:
     ]
 
 
-def build_trainer(cls: type[Trainer], arguments: TrainingArguments, args: argparse.Namespace) -> Trainer:
+def build_trainer(cls: type[Trainer], arguments: TrainingArguments, args: argparse.Namespace, tokens: int) -> Trainer:
     """A trainer of either kind, for the same model and data."""
     set_seed(0)
     config = T5Config(
@@ -143,7 +148,7 @@ def build_trainer(cls: type[Trainer], arguments: TrainingArguments, args: argpar
         vocab_size=args.vocab_size,
         decoder_start_token_id=0,
     )
-    data = RandomPairs(arguments.max_steps * args.batch_size, args.tokens, args.vocab_size)
+    data = RandomPairs(arguments.max_steps * args.batch_size, tokens, args.vocab_size)
     trainer = cls(T5ForConditionalGeneration(config), arguments, train_dataset=data)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -179,33 +184,34 @@ def parts(sparse: BIMPTrainer, sparsity: float) -> dict[str, float]:
     return result | {"one pruning (not part of a step)": synchronized_clock() - start}
 
 
-def ratio_line(name: str, ratios: list[float]) -> str:
-    low, _, high = quantiles(ratios, n=4, method="inclusive")
-    return f"{name} ratio: {median(ratios):.4f} (middle half of {len(ratios)} steps: {low:.4f} to {high:.4f})"
+def ratios(comparisons: list[Comparison], clock: int) -> tuple[float, float, float]:
+    """The median of sparse over plain on that clock, and the bounds of the middle half of the steps."""
+    low, middle, high = quantiles([c.sparse[clock] / c.plain[clock] for c in comparisons], n=4, method="inclusive")
+    return middle, low, high
 
 
-def report(comparisons: list[Comparison], added: dict[str, float]) -> str:
-    """The table, the ratio with its spread, and where the time goes."""
-    wall = [c.sparse.wall / c.plain.wall for c in comparisons]
-    cpu = [c.sparse.cpu / c.plain.cpu for c in comparisons]
+def report(name: str, comparisons: list[Comparison], added: dict[str, float]) -> str:
+    """The ratio of a run with its spread, and where the time goes."""
     step = Times(*(median(c.plain[clock] for c in comparisons) for clock in (0, 1)))
     sparse_step = Times(*(median(c.sparse[clock] for c in comparisons) for clock in (0, 1)))
-    return "\n".join(
-        [
-            f"{'median step':16}{'wall':>10}{'CPU':>12}",
-            f"{'Trainer':16}{step.wall * 1e3:7.1f} ms{step.cpu * 1e3:9.1f} ms",
-            f"{'BIMPTrainer':16}{sparse_step.wall * 1e3:7.1f} ms{sparse_step.cpu * 1e3:9.1f} ms",
-            ratio_line("wall time", wall),
-            ratio_line("CPU time", cpu),
-            f"target {'met' if median(wall) <= MAX_RATIO else 'MISSED'}: a wall time ratio of at most {MAX_RATIO}",
-            "each part alone, and as a share of a plain step:",
-            *(f"    {name:38}{value * 1e3:9.2f} ms{value / step.wall:9.2%}" for name, value in added.items()),
-        ]
-    )
+    wall = ratios(comparisons, 0)
+    lines = [f"{'median step':16}{'wall':>10}{'CPU':>12}"]
+    for trainer, times in (("Trainer", step), ("BIMPTrainer", sparse_step)):
+        lines.append(f"{trainer:16}{times.wall * 1e3:7.1f} ms{times.cpu * 1e3:9.1f} ms")
+    for clock, what in enumerate(("wall time", "CPU time")):
+        middle, low, high = ratios(comparisons, clock)
+        spread = f"middle half of {len(comparisons)} steps: {low:.4f} to {high:.4f}"
+        lines.append(f"{what} ratio: {middle:.4f} ({spread})")
+    met = "met" if wall[0] <= MAX_RATIO else "MISSED"
+    lines.append(f"target {met} by {name}: a wall time ratio of at most {MAX_RATIO}")
+    lines.append("each part alone, and as a share of a plain step:")
+    lines += [f"    {part:38}{value * 1e3:9.2f} ms{value / step.wall:9.2%}" for part, value in added.items()]
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="which of them (all)")
     parser.add_argument("--steps", type=int, default=20, help="counted steps of each trainer in a repeat (20)")
     parser.add_argument("--repeats", type=int, default=2, help="how often both train anew (2)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="of the prunable weights (0.9)")
@@ -217,26 +223,39 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run(name: str, args: argparse.Namespace, folder: str) -> tuple[list[Comparison], BIMPTrainer]:
+    """All steps of a run, and its last sparse trainer."""
+    share, granularity = RUNS[name]
+    shared = SHARED_ARGUMENTS | {
+        "output_dir": folder,
+        "max_steps": UNCOUNTED + args.steps + 1,  # a last one, while which the plain trainer is finishing
+        "per_device_train_batch_size": args.batch_size,
+    }
+    target = {} if granularity == "2:4" else {"target_sparsity": args.sparsity}
+    pruning = {"granularity": granularity, "num_cycles": 1, "dense_ratio": 0.0} | target
+    schedule = {"retrain_schedule": "constant", "retrain_learning_rate": LEARNING_RATE}
+    tokens = max(round(share * args.tokens), 1)
+    plain = build_trainer(Trainer, TrainingArguments(**shared, lr_scheduler_type="constant"), args, tokens)
+    sparse = build_trainer(BIMPTrainer, BIMPArguments(**shared, **pruning, **schedule), args, tokens)
+    return [comparison for _ in range(args.repeats) for comparison in compare(plain, sparse)], sparse
+
+
 def main() -> None:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        shared = SHARED_ARGUMENTS | {
-            "output_dir": folder,
-            "max_steps": UNCOUNTED + args.steps + 1,  # a last one, while which the plain trainer is finishing
-            "per_device_train_batch_size": args.batch_size,
-        }
-        pruning = {"target_sparsity": args.sparsity, "num_cycles": 1, "dense_ratio": 0.0}
-        schedule = {"retrain_schedule": "constant", "retrain_learning_rate": LEARNING_RATE}
-        plain = build_trainer(Trainer, TrainingArguments(**shared, lr_scheduler_type="constant"), args)
-        sparse = build_trainer(BIMPTrainer, BIMPArguments(**shared, **pruning, **schedule), args)
-        comparisons = [comparison for _ in range(args.repeats) for comparison in compare(plain, sparse)]
-    masks = sparse.method.masks
-    print(
-        f"\nT5 of {sparse.model.num_parameters() / 1e6:.1f} M parameters, {masks.num_weights / 1e6:.1f} M of them "
-        f"prunable, {masks.sparsity:.2%} pruned; {args.batch_size} x {args.tokens} tokens, {sparse.args.optim.value}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    print(report(comparisons, parts(sparse, args.sparsity)))
+    table = [f"{'run':10}{'tokens':>10}{'sparsity':>10}{'wall ratio':>12}{'CPU ratio':>12}"]
+    for name in args.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            comparisons, sparse = run(name, args, folder)
+        masks, tokens = sparse.method.masks, sparse.train_dataset.tokens
+        print(
+            f"\n{name}: T5 of {sparse.model.num_parameters() / 1e6:.1f} M parameters, {masks.num_weights / 1e6:.1f} M "
+            f"of them prunable, {masks.sparsity:.2%} pruned; {args.batch_size} x {tokens} tokens, "
+            f"{sparse.args.optim.value}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        )
+        print(report(name, comparisons, parts(sparse, args.sparsity)))
+        wall, cpu = (ratios(comparisons, clock)[0] for clock in (0, 1))
+        table.append(f"{name:10}{f'{args.batch_size} x {tokens}':>10}{masks.sparsity:>10.2%}{wall:>12.4f}{cpu:>12.4f}")
+    print("\n" + "\n".join(table))
 
 
 if __name__ == "__main__":
