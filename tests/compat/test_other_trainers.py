@@ -158,7 +158,7 @@ def reward(folder: Path) -> SparseRewardTrainer:
     return SparseRewardTrainer(model, args=args, train_dataset=preferences(), processing_class=tokenizer())
 
 
-def sentence(folder: Path) -> SparseSentenceTrainer:
+def sentence(folder: Path, kind: type = SparseSentenceTrainer) -> SentenceTransformerTrainer:
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = folder.parent / "bert"
@@ -167,7 +167,7 @@ def sentence(folder: Path) -> SparseSentenceTrainer:
     model = SentenceTransformer(modules=[Transformer(str(bert), max_seq_length=16), Pooling(16)], device="cpu")
     data = Dataset.from_dict({"anchor": sentences(32), "positive": sentences(32, 1)})
     args, loss = arguments(SparseSentenceArguments, folder), MultipleNegativesRankingLoss(model)
-    return SparseSentenceTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, loss=loss)
+    return kind(model=model, args=args, train_dataset=data, eval_dataset=data, loss=loss)
 
 
 def own_loss(folder: Path) -> OwnLossTrainer:
@@ -189,7 +189,15 @@ def answering(folder: Path) -> SparseAnsweringTrainer:
     )
 
 
-COMBINED = {f.__name__: f for f in (sft, dpo, reward, sentence, own_loss, answering)}
+class SentenceTrainerFirst(SentenceTransformerTrainer, BIMPTrainer):
+    """The other way round, in which nobody calls a `_save` of ours."""
+
+
+def sentence_first(folder: Path) -> SentenceTrainerFirst:
+    return sentence(folder, SentenceTrainerFirst)
+
+
+COMBINED = {f.__name__: f for f in (sft, dpo, reward, sentence, sentence_first, own_loss, answering)}
 
 
 @pytest.mark.parametrize("name", COMBINED)
