@@ -54,6 +54,7 @@ def untouched(model: nn.Module) -> Iterator[set[int]]:
     attributes: list[tuple[Any, dict]] = [(vars(module), dict(vars(module))) for module in model.modules()]
     values = [value for _, before in attributes for value in before.values() if type(value) in _CONTAINERS]
     containers = [(value, copy.copy(value)) for value in values]
+    modes = [(module, module.training) for module in model.modules()]  # scripted ones have no such attribute in vars
     watch = _Watch(tensors)
     try:
         with watch:
@@ -65,6 +66,8 @@ def untouched(model: nn.Module) -> Iterator[set[int]]:
         for live, before in attributes:
             live.clear()
             live.update(before)
+        for module, mode in modes:
+            module.training = mode
         with torch.no_grad():
             for tensor, alias in tensors:
                 if _memory(tensor) != _memory(alias):

@@ -247,6 +247,16 @@ def test_counting_leaves_no_trace() -> None:
     assert (model.calls, model.seen, model.mean, model.training) == (0, [], None, True)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_counting_leaves_scripted_modules_and_power_iterations_as_they_were() -> None:
+    layers = torch.jit.script(nn.Linear(8, 8)), parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 4)
+    model = nn.Sequential(*layers)
+    before = snapshot(model)
+    assert count_multiply_adds(model, torch.randn(2, 8)).total > 0
+    assert_same_tensors(model.state_dict(), before)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_run_counts_the_passes_of_plain_training(tmp_path) -> None:
     whole = make_trainer(tmp_path / "whole", Restless(), **SAVING)
     whole.train()
