@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranking import CHUNK, INFINITY_BUCKET, MAGNITUDE, NOT_FINITE, flat_chunks, magnitude_keys
+from .ranking import CHUNK, INFINITY_BUCKET, MAGNITUDE, NOT_FINITE, flat_chunks
 
 _GATHERED = CHUNK  # keys at once; a layer with more in the buckets that matter is counted by histograms instead
 _SLACK = 1e-6  # of bounds: above the rounding to float32, far below the width of a bucket
@@ -48,7 +48,7 @@ def lamp_counts(weights: list[Tensor], pruned: list[Tensor], k: int) -> list[int
     most = _kth([(layer.high.numpy(), numbers) for layer, numbers in zip(layers, upto, strict=True)], k)
     del upto
     below = [int(layer.counts[layer.high < least].sum()) for layer in layers]  # whatever the threshold is
-    found = [_scores(layer, (layer.high >= least) & (layer.low <= most)) for layer in layers]
+    found = [_scores(layer, histogram, (layer.high >= least) & (layer.low <= most)) for layer in layers]
     threshold = _kth(found, k - sum(below))
     counts = [number + _count(*scores, threshold, False) for number, scores in zip(below, found, strict=True)]
     ends = [number + _count(*scores, threshold, True) for number, scores in zip(below, found, strict=True)]
@@ -96,16 +96,21 @@ class _Histogram:
 
     def __init__(self, device: torch.device):
         self.table = torch.zeros(3, 1 << 16, dtype=torch.int64, device=device)
+        self.floats = torch.empty(CHUNK, device=device)
         self.keys = torch.empty(2, CHUNK, dtype=torch.int32, device=device)
         self.buffers = torch.empty(3, CHUNK, dtype=torch.int64, device=device)
+
+    def keys_of(self, chunk: Tensor) -> Tensor:
+        """As `magnitude_keys`; valid until the next call."""
+        floats = self.floats[: len(chunk)].copy_(chunk)
+        return torch.bitwise_and(floats.view(torch.int32), MAGNITUDE, out=self.keys[0, : len(chunk)])
 
     def of(self, weight: Tensor) -> Tensor:
         """(3, 65536) on the CPU; valid until the next call."""
         self.table.zero_()
         for chunk in flat_chunks(weight):
-            keys, part = self.keys[:, : len(chunk)]
+            keys, part = self.keys_of(chunk), self.keys[1, : len(chunk)]
             upper, lower, ones = self.buffers[:, : len(chunk)]
-            torch.bitwise_and(chunk.float().view(torch.int32), MAGNITUDE, out=keys)
             upper.copy_(torch.bitwise_right_shift(keys, 16, out=part))
             lower.copy_(torch.bitwise_and(keys, 0xFFFF, out=part))
             self.table[0].scatter_add_(0, upper, ones.fill_(1))
@@ -133,7 +138,7 @@ def _layer(weight: Tensor, histogram: _Histogram) -> _Layer:
     return _Layer(weight, buckets.int(), counts[buckets].int(), above, low.float(), high.float())
 
 
-def _scores(layer: _Layer, chosen: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _scores(layer: _Layer, histogram: _Histogram, chosen: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The scores of the different magnitudes in the `chosen` buckets, which follow each other, in ascending order.
 
     And how many weights there have one of those up to it.
@@ -141,19 +146,19 @@ def _scores(layer: _Layer, chosen: Tensor) -> tuple[np.ndarray, np.ndarray]:
     buckets = layer.buckets[chosen].long()
     if not len(buckets):
         return np.empty(0), np.empty(0, np.int64)
-    keys, counts = _distinct(layer.weight, buckets, int(layer.counts[chosen].sum()))
+    keys, counts = _distinct(layer.weight, histogram, buckets, int(layer.counts[chosen].sum()))
     squares = keys.to(torch.int32).view(torch.float32).double().square()
     sums = layer.above[chosen][-1] + (counts * squares).flip(0).cumsum(0).flip(0)
     return torch.where(squares > 0, squares / sums, 0.0).numpy(), counts.cumsum(0, dtype=torch.int32).numpy()
 
 
-def _distinct(weight: Tensor, buckets: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def _distinct(weight: Tensor, histogram: _Histogram, buckets: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The different keys in `buckets`, int64 in ascending order, and how many weights have each."""
     first, last = int(buckets[0]) << 16, (int(buckets[-1]) + 1) << 16
     if number <= _GATHERED:
         found, filled = torch.empty(number, dtype=torch.int32), 0
         for chunk in flat_chunks(weight):
-            keys = magnitude_keys(chunk)
+            keys = histogram.keys_of(chunk)
             keys = keys[(keys >= first) & (keys <= last - 1)]
             found[filled : filled + len(keys)] = keys
             filled += len(keys)
@@ -161,7 +166,7 @@ def _distinct(weight: Tensor, buckets: Tensor, number: int) -> tuple[Tensor, Ten
         return keys.long(), counts
     tables = torch.zeros(len(buckets), 1 << 16, dtype=torch.int64)
     for chunk in flat_chunks(weight):
-        keys = magnitude_keys(chunk)
+        keys = histogram.keys_of(chunk)
         for row, bucket in zip(tables, buckets.tolist(), strict=True):
             row += torch.bincount(keys[keys >> 16 == bucket] & 0xFFFF, minlength=1 << 16).cpu()
     row_of, lower = tables.nonzero(as_tuple=True)
