@@ -64,6 +64,25 @@ def test_a_text_first_is_not_the_main_metric(tmp_path) -> None:
     assert trainer.results["main_metric"] == "score"
 
 
+def test_metrics_that_are_no_json_are_saved_with_the_history(tmp_path) -> None:
+    """With `eval_strategy="no"` nobody but us evaluates, and every checkpoint holds what is logged."""
+
+    def metrics(prediction) -> dict:
+        return {"confusion": np.eye(2), "tensor": torch.ones(2), "set": {1}, "score": np.float64("nan")}
+
+    trainer = make_trainer(
+        tmp_path, eval_dataset=classification_items(16), compute_metrics=metrics, save_strategy="steps", save_steps=8
+    )
+    trainer.train()
+    trainer.save_state()
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    pruned = next(entry for entry in history if "prune_cycle" in entry)
+    assert pruned["after_prune_confusion"] == [[1, 0], [0, 1]] and pruned["before_prune_tensor"] == [1, 1]
+    assert pruned["after_prune_set"] == [1] and pruned["after_prune_score"] != pruned["after_prune_score"]
+    returned = trainer.evaluate()
+    assert isinstance(returned["eval_confusion"], np.ndarray) and "epoch" in returned
+
+
 def broken(prediction) -> dict:
     raise RuntimeError("the metrics service is down")
 

@@ -19,16 +19,19 @@ def write_json(path: Path, content: dict) -> None:
     part.replace(path)
 
 
-def as_json(value: Any) -> Any:
-    """`value` of what JSON has: mappings, lists, texts, finite numbers, truth values and None."""
+def as_json(value: Any, has_nan: bool = False) -> Any:
+    """`value` of what JSON has: mappings, lists, texts, numbers, truth values and None.
+
+    NaN and infinities become None unless it `has_nan`, as what Trainer writes has.
+    """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(value) if has_nan or math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): as_json(item) for name, item in value.items()}
+        return {str(name): as_json(item, has_nan) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
+        return [as_json(item, has_nan) for item in value]
     if isinstance(value, Set):
-        return [as_json(item) for item in sorted(value, key=str)]
-    return as_json(value.tolist()) if hasattr(value, "tolist") else str(value)
+        return [as_json(item, has_nan) for item in sorted(value, key=str)]
+    return as_json(value.tolist(), has_nan) if hasattr(value, "tolist") else str(value)

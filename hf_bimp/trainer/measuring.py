@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..reporting.flops import MultiplyAdds, count_multiply_adds
 from ..reporting.results import metrics_under
 from ..reproducibility import preserved_random_state, untouched
+from ..storage.files import as_json
 from .checkpoints import CheckpointHooks
 from .checks import warn_of_unused
 from .example_inputs import check_readable_twice, examples, fitting_example, inputs_of_first_call
@@ -184,3 +185,5 @@ class MeasuringHooks(CheckpointHooks):
         if "loss" in logs and self.method is not None and self.method.traits.finds_sparsity:
             logs = logs | {"sparsity": self.method.sparsity}  # what its settings are tuned by
         super().log(logs, *args, **kwargs)
+        # Every checkpoint holds the history as JSON, which metrics may not be, and some are nobody's but ours.
+        self.state.log_history[-1:] = [as_json(entry, has_nan=True) for entry in self.state.log_history[-1:]]
