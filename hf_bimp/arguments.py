@@ -8,6 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from . import support
 from .methods import METHODS, BIMPConfig, Method, make_config, method_named, parse_mapping, setting_names
 from .methods.cs import CSConfig
 from .methods.dpf import DPFConfig
@@ -18,10 +19,10 @@ from .pruning.allocation import ALLOCATIONS
 from .pruning.criteria import criterion_named
 from .pruning.granularity import check_rule, kind_of, parse_n_of_m
 from .schedules.plan import Budget, check_goal
-from .support import TESTED_OPTIMIZERS, check_optimizer_name, check_scheduler_type, check_sharding
 
 __all__ = ["TESTED_OPTIMIZERS", "BIMPArguments", "BIMPArgumentsMixin", "BIMPSeq2SeqArguments"]
 
+TESTED_OPTIMIZERS = support.TESTED_OPTIMIZERS
 # Their fields are arguments of their own; the settings of all other methods come as `method_config`.
 FLAT_CONFIGS = (BIMPConfig, GMPConfig, DPFConfig, CSConfig, STRConfig, DSTConfig)
 ON_COLLAPSE = ("warn", "raise")
@@ -119,9 +120,14 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             # Without it Transformers would train one model in each of torchrun's CPU processes, unaware of the others.
             self.use_cpu = True
+        if isinstance(self.granularity, int) and not isinstance(self.granularity, bool):
+            # YAML 1.1 reads an unquoted 2:4 as minutes and seconds, 124.
+            self.granularity = "{}:{}".format(*divmod(self.granularity, 60))
+        support.check_numbers(self, TrainingArguments)
         super().__post_init__()
         if isinstance(self.method_config, str):
             self.method_config = parse_mapping(self.method_config)
+        support.check_types(self, BIMPArgumentsMixin)
         self.target_sparsity = self.goal
         self.validate()
 
@@ -164,6 +170,7 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
 
     def validate(self) -> None:
         """Checked again when the plan is made: hyperparameter search sets fields without `__post_init__`."""
+        support.check_types(self, BIMPArgumentsMixin)
         method = self.method_class
         self._refuse_foreign_settings()
         check_rule(self.granularity, self.allocation, self.resolved_criterion)
@@ -174,8 +181,8 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
         method.check(settings, self.budget())
         self._check_traits()
         self._check_schedule(settings)
-        check_optimizer_name(self.optim)
-        check_sharding(bool(self.fsdp), self.deepspeed is not None)
+        support.check_optimizer_name(self.optim)
+        support.check_sharding(bool(self.fsdp), self.deepspeed is not None)
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size starts over with the weights as they are, after a pruning even. Set "
@@ -261,7 +268,7 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
     def _check_schedule(self, settings: Any) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
-        check_scheduler_type(self.lr_scheduler_type)
+        support.check_scheduler_type(self.lr_scheduler_type)
         if self.lr_milestones is not None:
             if not self.lr_milestones or not all(0 < milestone < 1 for milestone in self.lr_milestones):
                 raise ValueError(f"lr_milestones={self.lr_milestones} must be fractions of the dense phase in (0, 1).")

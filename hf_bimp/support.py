@@ -1,11 +1,18 @@
 """What a run cannot work with, refused before any training; each limit stands here once."""
 
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Adafactor
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+
+from .methods.settings import checked
+
+NUMBERS = {int, float, bool}
 
 # What torch and Transformers alone provide on any device. Each is tested to leave pruned weights at zero.
 TESTED_OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
@@ -19,6 +26,29 @@ TESTED_OPTIMIZERS: dict[OptimizerNames, type[torch.optim.Optimizer]] = {
 _TESTED_CLASSES = tuple(dict.fromkeys([*TESTED_OPTIMIZERS.values(), torch.optim.Adam]))
 # They wait for a metric, so that the rate of a step is unknown until it comes.
 METRIC_DRIVEN_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def check_types(arguments: Any, declared: type) -> None:
+    """Raises `ValueError` for a field of the dataclass `declared` that is not of its type, or a number not finite."""
+    hints = get_type_hints(declared, include_extras=True)
+    for field in fields(declared):
+        checked(field.name, getattr(arguments, field.name), hints[field.name])
+
+
+def check_numbers(arguments: Any, declared: type) -> None:
+    """As `check_types`, for the numbers and flags alone, where they are not None.
+
+    `TrainingArguments` compares them without looking: a file gives texts for numbers, and infinities.
+    """
+    hints = get_type_hints(declared)
+    for field in fields(declared):
+        hint, value = hints[field.name], getattr(arguments, field.name)
+        kinds = {hint} if hint in NUMBERS else set(get_args(hint)) - {type(None)}
+        if kinds and kinds <= NUMBERS and value is not None:
+            checked(field.name, value, hint)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
 
 
 def check_optimizer_name(name: OptimizerNames | str) -> None:

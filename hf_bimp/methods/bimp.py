@@ -26,6 +26,8 @@ from .registry import register_method
 
 logger = logging.get_logger(__name__)
 
+MOST_DENSE_STEPS = 10_000_000
+
 
 @dataclass
 class BIMPConfig:
@@ -120,6 +122,11 @@ class IterativeMagnitudePruning(Method):
                 f"dense_steps={config.dense_steps} is the length of an earlier dense training, at least 1: it goes "
                 f"with pruning and dense_ratio=0 (given: num_cycles={config.num_cycles}, "
                 f"dense_ratio={config.dense_ratio})."
+            )
+        if config.dense_steps is not None and config.dense_steps > MOST_DENSE_STEPS:
+            raise ValueError(
+                f"dense_steps={config.dense_steps} must be at most {MOST_DENSE_STEPS}: the learning rate of each is "
+                "kept. Give the length of the dense training in optimizer steps, not in items or tokens."
             )
         if config.num_cycles is not None and config.prune_fraction is not None:
             raise ValueError(

@@ -3,13 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from types import UnionType
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
-
-from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from typing import Any, get_type_hints
 
 from .base import Method
+from .settings import checked
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -66,15 +63,10 @@ def make_config(method: type[Method], given: Mapping[str, Any]) -> Any:
     ]
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"method_config: method={method.name!r} needs {', '.join(missing)}.")
-    plain, hints = get_type_hints(method.Config), get_type_hints(method.Config, include_extras=True)
-    values = {}
-    for name, value in given.items():
-        try:
-            values[name] = _as_meant(value, plain[name])
-            validate_typed_dict(_schema(name, hints[name]), {name: values[name]})
-        except (ValueError, StrictDataclassFieldValidationError) as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"method_config of method={method.name!r}: {name}: {reason}") from error
+    hints = get_type_hints(method.Config, include_extras=True)
+    values = {
+        name: checked(f"method_config of method={method.name!r}: {name}", v, hints[name]) for name, v in given.items()
+    }
     return method.Config(**values)
 
 
@@ -87,39 +79,6 @@ def parse_mapping(text: str) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ValueError(f"method_config={text!r} must be a mapping, such as '{{\"interval\": 50}}'.")
     return mapping
-
-
-def _as_meant(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` has it: JSON and YAML write 1 for the float 1.0, and know no tuples.
-
-    Anything that does not fit is left for the check, except for a bool, which passes for an integer in Python.
-    """
-    options = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        if type(value) in options:
-            return value
-        converted = (_as_meant(value, option) for option in options)
-        return next((new for new in converted if new is not value), value)
-    if hint in (int, float) and isinstance(value, bool):
-        raise ValueError(f"{value!r} must be a number.")
-    if hint is float and type(value) is int:
-        return float(value)
-    if get_origin(hint) is list and isinstance(value, list):
-        return [_as_meant(item, options[0]) for item in value]
-    if get_origin(hint) is dict and isinstance(value, dict):
-        return {key: _as_meant(item, options[1]) for key, item in value.items()}
-    if get_origin(hint) is tuple and isinstance(value, list):
-        each = options[:1] * len(value) if options[1:] == (...,) else options
-        if len(each) != len(value):
-            return tuple(value)
-        return tuple(_as_meant(*pair) for pair in zip(value, each, strict=True))
-    return value
-
-
-def _schema(name: str, hint: Any) -> Any:
-    """A TypedDict of one field, which is what huggingface_hub checks values against."""
-    make: Any = TypedDict
-    return make("Setting", {name: hint})
 
 
 def _example(method: type[Method]) -> str:

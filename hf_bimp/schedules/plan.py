@@ -1,5 +1,6 @@
 """When to prune and how far: the whole run as plain numbers (no torch)."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import cast
@@ -157,6 +158,14 @@ def check_amount(
         raise ValueError(f"dense_ratio={dense_ratio} must lie in [0, 1): it is the dense share of the budget.")
 
 
+def cycles_for(density: float, goal: float, keep: float) -> int:
+    """The smallest number of cycles, at least 1, after which `density` times `keep` each is `goal` or less."""
+    cycles = max(math.floor(math.log((goal + GOAL_TOLERANCE) / density) / math.log(keep)) - 1, 1)
+    while density * keep**cycles > goal + GOAL_TOLERANCE:  # for rounding: a step or two
+        cycles += 1
+    return cycles
+
+
 def cycle_sparsities(
     target_sparsity: float, num_cycles: int | None, prune_fraction: float | None, initial_sparsity: float = 0.0
 ) -> tuple[float, ...]:
@@ -167,9 +176,8 @@ def cycle_sparsities(
     """
     density, goal = 1 - initial_sparsity, 1 - target_sparsity
     if prune_fraction is not None:
-        num_cycles, keep = 1, 1 - prune_fraction
-        while density * keep**num_cycles > goal + GOAL_TOLERANCE:
-            num_cycles += 1
+        keep = 1 - prune_fraction
+        num_cycles = cycles_for(density, goal, keep)
     else:
         num_cycles = 1 if num_cycles is None else num_cycles
         keep = (goal / density) ** (1 / num_cycles)
@@ -199,20 +207,30 @@ def make_plan(
             f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go "
             "beyond that. Raise target_sparsity, or pass num_cycles=0 with keep_zeros=True to fine-tune it as it is."
         )
-    sparsities = cycle_sparsities(goal, num_cycles, prune_fraction, initial_sparsity)
-    cycles = len(sparsities)
+    cycles = num_cycles or 1
+    if prune_fraction is not None:
+        cycles = cycles_for(1 - initial_sparsity, 1 - goal, 1 - prune_fraction)
     dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
     if not _every_phase_has_steps(total_steps, dense_ratio, cycles):
-        longer = range(total_steps, total_steps + 1_000_000)  # bounded: a tiny dense_ratio could need a huge budget
-        enough = next((steps for steps in longer if _every_phase_has_steps(steps, dense_ratio, cycles)), longer.stop)
         raise ValueError(
             f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles leave {dense_steps} "
             f"steps to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs at least 1. "
-            f"Train for at least {enough} steps (max_steps or num_train_epochs), use fewer cycles, or change "
-            "dense_ratio."
+            f"Train for at least {_enough_steps(total_steps, dense_ratio, cycles)} steps (max_steps or "
+            "num_train_epochs), use fewer cycles, or change dense_ratio."
         )
+    sparsities = cycle_sparsities(goal, num_cycles, prune_fraction, initial_sparsity)
     prune_steps = tuple(dense_steps + j * cycle_steps for j in range(cycles))
     return Plan(total_steps, prune_steps, sparsities, initial_sparsity)
+
+
+def _enough_steps(total_steps: int, dense_ratio: float, cycles: int) -> int:
+    """The smallest number of steps from `total_steps` on that gives every phase one."""
+    steps = max(total_steps, math.floor((cycles - 0.5) / (1 - dense_ratio)) - 1)  # the dense phase is rounded
+    if dense_ratio:
+        steps = max(steps, math.floor(0.5 / dense_ratio) - 1)
+    while not _every_phase_has_steps(steps, dense_ratio, cycles):  # for rounding: a few steps
+        steps += 1
+    return steps
 
 
 def _split(total_steps: int, dense_ratio: float, cycles: int) -> tuple[int, int]:
