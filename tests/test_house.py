@@ -108,6 +108,7 @@ def test_private_overrides_are_few() -> None:
         "_load_optimizer_and_scheduler",
         "_remove_unused_columns",
         "_save",
+        "_save_rng_state",
     ]
 
 

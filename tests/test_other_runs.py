@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from helpers import classification_items, classifier
+from hf_bimp.storage import integrity
 from trainers import assert_same_tensors, make_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 8}
@@ -72,6 +73,8 @@ def test_another_number_of_processes_is_a_warning(tmp_path, caplog) -> None:
         (tmp_path / "checkpoint-8" / f"rng_state_{rank}.pth").write_bytes(
             (tmp_path / "checkpoint-8" / "rng_state.pth").read_bytes()
         )
+    for rank in (0, 1):
+        integrity.list_files(tmp_path / "checkpoint-8", rank, 2)
     make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert "written by 2 processes, and 1 go on" in caplog.text
 

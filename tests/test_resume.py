@@ -328,7 +328,7 @@ def test_no_complete_checkpoint_is_an_error_that_leaves_everything(tmp_path):
 def test_state_is_json_and_masks_are_safetensors(whole_run):
     checkpoint = whole_run / f"checkpoint-{STEPS}"
     ours = sorted(path.name for path in checkpoint.glob("bimp_*"))
-    assert ours == ["bimp_masks.safetensors", "bimp_state.json"]
+    assert ours == ["bimp_files.json", "bimp_masks.safetensors", "bimp_state.json"]
     state = json.loads((checkpoint / "bimp_state.json").read_text())
     assert state["settings"]["plan"]["prune_steps"] == list(BOUNDARIES)
     assert load_file(checkpoint / "bimp_masks.safetensors").keys() == {"first.weight", "last.weight"}

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from ..schedules.dense_history import DenseHistory
+from . import integrity
 from .files import write_json
 
 STATE_NAME = "bimp_state.json"
 MASKS_NAME = "bimp_masks.safetensors"
 METHOD_NAME = "bimp_method.safetensors"
 STATISTICS_NAME = "bimp_statistics.safetensors"
+MOST_PROCESSES = 1_000_000  # more are no number of processes, but damage
 FORMAT_VERSION = 3  # 1, without a number: by version 0.1.0; 2 knew no identity; both are read still
 
 logger = logging.get_logger(__name__)
@@ -148,30 +150,59 @@ def find_dense_history(name_or_path: str) -> DenseHistory | None:
     return DenseHistory(**history) if history else None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether saving got to its end: the trainer's state, written last, is whole, and every process left its own."""
+def damage(checkpoint: Path) -> str | None:
+    """What keeps a checkpoint from being resumed: a file that is missing, cut off or damaged. None where it is whole.
+
+    The trainer's state is written last. Every process lists the files that it has left, with sizes and checksums;
+    versions before 3 of the format only have to be there.
+    """
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-        processes = state["num_processes"]
-    except (OSError, ValueError, KeyError):
-        return False
+        trainer_state = _mapping(checkpoint / TRAINER_STATE_NAME)
+        state = _mapping(checkpoint / STATE_NAME)
+        processes, version = state["num_processes"], state.get("format_version", 1)
+        if not isinstance(trainer_state["global_step"], int):
+            return f"{TRAINER_STATE_NAME} tells of no step"
+        if type(processes) is not int or type(version) is not int or not 0 < processes <= MOST_PROCESSES:
+            return f"{STATE_NAME} is damaged: num_processes={processes!r}, format_version={version!r}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{TRAINER_STATE_NAME} or {STATE_NAME} cannot be read ({type(error).__name__}: {error})"
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     names += [METHOD_NAME] if state.get("has_tensors") else []
     names += [STATISTICS_NAME] if state.get("has_statistics") else []
-    names += [MASKS_NAME, OPTIMIZER_NAME]  # a folder that was being deleted may lack any of its files
-    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    return all((checkpoint / n).is_file() for n in names) and any((checkpoint / n).is_file() for n in weights)
+    names += [MASKS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME]  # a folder that was being deleted may lack any of its files
+    if absent := [name for name in names if not _is_filled(checkpoint / name)]:
+        return f"{absent[0]} is missing or empty"
+    if not any(_is_filled(checkpoint / name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return f"{SAFE_WEIGHTS_NAME} is missing or empty"
+    return integrity.damage(checkpoint, processes) if 3 <= version <= FORMAT_VERSION else None
+
+
+def _mapping(path: Path) -> dict:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds {content!r:.40} in place of names and values")
+    return content
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether it can be resumed."""
+    return damage(checkpoint) is None
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was saved to its end; says which ones it passes over."""
+    """The newest checkpoint that is whole; says which ones it passes over, and why."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     folders = [f for f in Path(output_dir).glob(f"{prefix}*") if f.is_dir() and f.name[len(prefix) :].isdigit()]
     for folder in sorted(folders, key=lambda f: int(f.name[len(prefix) :]), reverse=True):
-        if is_complete(folder):
+        if (reason := damage(folder)) is None:
             return os.fspath(folder)
-        logger.warning(f"{folder} was not saved to its end and is passed over; resuming from the one before it.")
+        logger.warning(f"{folder} was not saved to its end, or damaged since, and is passed over: {reason}.")
     return None
 
 

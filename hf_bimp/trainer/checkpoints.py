@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..methods import Method
 from ..schedules.plan import Plan
-from ..storage import run_state
+from ..storage import integrity, run_state
 from ..storage.model_formats import out_of_wrappers, savable_state, weights_trainer_misses, write_config
 from .setup import RunSetup
 
@@ -41,10 +40,10 @@ class CheckpointHooks(_Base):
                     f"{self.args.output_dir} holds no complete checkpoint of hf_bimp to resume from "
                     "(save_only_model=True leaves none). Call train() without resume_from_checkpoint to start afresh."
                 )
-        elif resume_from_checkpoint and not run_state.is_complete(Path(resume_from_checkpoint)):
+        elif resume_from_checkpoint and (reason := run_state.damage(Path(resume_from_checkpoint))):
             raise ValueError(
-                f"{resume_from_checkpoint} is no complete checkpoint: its {TRAINER_STATE_NAME}, written last, is "
-                "missing or cut off. Give another one, or resume_from_checkpoint=True for the newest complete one."
+                f"{resume_from_checkpoint} is no complete checkpoint: {reason}. Give another one, or "
+                "resume_from_checkpoint=True for the newest complete one."
             )
         self.resumed = run_state.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
         return resume_from_checkpoint or None
@@ -81,6 +80,11 @@ class CheckpointHooks(_Base):
         if run_state.is_checkpoint(output_dir) and not self.args.save_only_model:
             method.masks.save(Path(output_dir) / run_state.MASKS_NAME)
             run_state.write_tensors(output_dir, state, statistics)
+
+    # Private: the last that each process writes before Trainer marks a checkpoint as whole, and deletes older ones.
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        integrity.list_files(Path(output_dir), self.args.process_index, self.args.world_size)
 
     # Private: without it Trainer does one step too many where the last checkpoint lies within an epoch.
     def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, checkpoint, trial):

@@ -11,6 +11,7 @@ from ..reporting.model_card import CardSource, add_to_model_card, write_model_ca
 from ..reporting.plots import write_layer_plot, write_plot
 from ..reporting.results import collect_results, final_metrics, measures, sparsities, write_results
 from ..reporting.throughput import Throughput
+from ..storage import integrity
 from .divergence import DivergenceWatch
 from .measuring import MeasuringHooks, only_a_measure
 
@@ -30,8 +31,10 @@ class FinishingHooks(MeasuringHooks):
     def saved(self) -> None:
         """A checkpoint is whole on the disk."""
         self.throughput.interrupted()
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.divergence.checkpoint = str(Path(self._get_output_dir(self._bimp_trial)) / folder)
+        folder = Path(self._get_output_dir(self._bimp_trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.divergence.checkpoint = str(folder)
+        if self.args.should_save and not self.args.save_only_model:
+            integrity.list_files(folder, 0, self.args.world_size)  # again, with what Trainer has written last
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
