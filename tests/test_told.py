@@ -10,6 +10,7 @@ from transformers import T5ForConditionalGeneration
 
 from helpers import classification_items, classifier, matrices, sparsity, tiny_t5, translation_items
 from hf_bimp import make_masks
+from hf_bimp.reporting.plots import write_layer_plot
 from trainers import make_trainer
 
 # ---- Frozen weights ----
@@ -198,3 +199,43 @@ def test_a_local_folder_is_no_base_model_though_it_is_gone(tmp_path, monkeypatch
     model.config._commit_hash, model.config.name_or_path = "0" * 40, "org/dense"
     trainer.create_model_card()
     assert "base_model: org/dense" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_comes_from_outside_is_plain_text_in_the_card(tmp_path) -> None:
+    name = "a|b\n# pwn <script>alert(1)</script>"
+    model = classifier()
+    model.add_module("x|y<img src=x onerror=alert(1)>", nn.Linear(4, 4))
+    trainer = make_trainer(
+        tmp_path, model, eval_dataset=classification_items(16), compute_metrics=lambda prediction: {name: 0.5}
+    )
+    trainer.train()
+    trainer.create_model_card(model_name="n\n---\n<script>")
+    card = (tmp_path / "README.md").read_text()
+    body = card[card.index("\n# ") :]  # what precedes is YAML, written by huggingface_hub
+    assert "<script>" not in body.replace("\\<script\\>", "") and "<img" not in body.replace("\\<img", "")
+    assert "\n# pwn" not in body and "\n# n --- \\<script\\>\n" in body
+    rows = [line for line in body.splitlines() if line.startswith("|") and "pwn" in line]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) in (3, 4) for row in rows)
+
+
+def test_no_file_holds_the_token_of_the_hub(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, hub_token="hf_secret", save_strategy="steps", save_steps=6)
+    trainer.train()
+    assert trainer.args.hub_token == "hf_secret"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("number", [100, 3000])
+def test_the_picture_of_the_layers_has_bars_for_some_of_very_many(tmp_path, monkeypatch, number) -> None:
+    from matplotlib.axes import Axes
+
+    drawn, barh = [], Axes.barh
+    monkeypatch.setattr(
+        Axes, "barh", lambda axis, names, *rest, **more: drawn.append(names) or barh(axis, names, *rest)
+    )
+    layers = {f"layer.{i}": (i * 37 % number) / number for i in range(number)}
+    write_layer_plot(str(tmp_path), {"sparsity": {"per_layer": layers, "prunable": 0.5}})
+    assert len(drawn[0]) == min(number, 120) and [*tmp_path.iterdir()] == [tmp_path / "bimp_layers.png"]
+    assert {min(layers, key=layers.get), max(layers, key=layers.get)} <= set(drawn[0])

@@ -1,5 +1,6 @@
 """The model card of a pruned model: how sparse it is, how it was pruned, how good it is, how to load it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_model_card(
         model_name=name,
         eval_results=_eval_results(results, _first(tasks), _first(datasets), _first(dataset_args)),
     )
-    body = [f"# {name}", _summary(results, base_model), *_sections(source)]
+    body = [f"# {escaped(name)}", _summary(results, base_model), *_sections(source)]
     content = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
     ModelCard(content).save(_card_path(source.args))
 
@@ -193,8 +194,14 @@ def _shrinking(args: BIMPArgumentsMixin) -> str:
 
 
 def _table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    lines = [map(escaped, header), ["---"] * len(header), *(map(escaped, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def escaped(text: Any) -> str:
+    """What comes from outside (names of metrics, layers, folders), as plain text on one line of Markdown."""
+    plain = " ".join(str(text).split())
+    return re.sub(r"([\\`\[\]<>|])", r"\\\1", plain)
 
 
 def _metrics_table(results: dict) -> str:
@@ -216,7 +223,7 @@ def _plan_rows(results: dict) -> str:
         "pruned before step",
         "sparsity",
         "threshold",
-        "\\|\\|W - W_p\\|\\|",
+        "||W - W_p||",
         "d1",
         "d2",
         "peak learning rate",

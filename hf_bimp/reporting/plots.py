@@ -1,6 +1,7 @@
 """Two pictures of a run: its learning rate, sparsity and metric over the steps, and the sparsity of its layers."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -9,6 +10,7 @@ from .results import is_number
 
 PLOT_NAME = "bimp_run.png"
 LAYERS_PLOT_NAME = "bimp_layers.png"
+MOST_BARS = 120
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +38,7 @@ def write_plot(directory: str, results: dict, log: list[dict], method: Method) -
     metric.set_xlabel("optimizer step")
     for axis in (rate, sparsity, metric):
         axis.grid(alpha=0.3)
-    figure.savefig(Path(directory) / PLOT_NAME, dpi=120)
+    _save(figure, Path(directory) / PLOT_NAME)
 
 
 def _sparsity_points(log: list[dict], method: Method, steps: range) -> tuple[list[int], list[float]]:
@@ -48,20 +50,41 @@ def _sparsity_points(log: list[dict], method: Method, steps: range) -> tuple[lis
 
 
 def write_layer_plot(directory: str, results: dict) -> None:
-    """The sparsity of every layer as horizontal bars, in the order of their names, as one PNG."""
+    """The sparsity of every layer as horizontal bars, in the order of their names, as one PNG.
+
+    Of more than `MOST_BARS` the densest and the sparsest: text takes a picture's time.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return  # write_plot says so
-    layers = results["sparsity"]["per_layer"]
+    layers, number = results["sparsity"]["per_layer"], len(results["sparsity"]["per_layer"])
+    if number > MOST_BARS:
+        ranked = sorted(layers, key=lambda name: layers[name])
+        shown = {*ranked[: MOST_BARS // 2], *ranked[-(MOST_BARS // 2) :]}
+        layers = {name: share for name, share in layers.items() if name in shown}
     figure = Figure(figsize=(8, 1.5 + 0.16 * len(layers)), layout="constrained")
     axis = figure.subplots()
     axis.barh(list(layers), [100 * share for share in layers.values()], color="tab:orange")
     axis.axvline(100 * results["sparsity"]["prunable"], color="black", linewidth=0.8, linestyle="--")
     axis.set(xlabel="sparsity (%), dashed: of all prunable weights", xlim=(0, 100), ylim=(len(layers) - 0.5, -0.5))
+    if number > MOST_BARS:
+        axis.set_title(
+            f"the {MOST_BARS // 2} densest and the {MOST_BARS // 2} sparsest of {number} layers", fontsize=8
+        )
     axis.tick_params(axis="y", labelsize=6)
     axis.grid(alpha=0.3, axis="x")
-    figure.savefig(Path(directory) / LAYERS_PLOT_NAME, dpi=120)
+    _save(figure, Path(directory) / LAYERS_PLOT_NAME)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(part, dpi=120, format="png")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _metric_points(log: list[dict], name: str) -> list[tuple[int, float]]:

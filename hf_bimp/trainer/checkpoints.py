@@ -69,7 +69,11 @@ class CheckpointHooks(_Base):
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and not isinstance(self.model, PreTrainedModel):
             state_dict = savable_state(self.bare_model)
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # Trainer pickles its arguments beside the weights
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _save_bimp_run(self, output_dir: str) -> None:
         run, method = self._bimp_run, self._bimp_run.method
