@@ -4,7 +4,7 @@ import contextlib
 import copy
 import random
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
 from typing import Any
 
@@ -39,26 +39,32 @@ def align_memory(model: nn.Module) -> None:
     would differ from an uninterrupted one whose model was made in another way.
     """
     for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+        is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if is_plain and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.detach().clone()
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[set[int]]:
+def untouched(model: nn.Module, written: Container[str] | None = None) -> Iterator["Watch"]:
     """Forward passes inside leave `model` as it was: modes, parameters, buffers, attributes of its modules.
 
-    Gives the ids of the parameters and buffers that operations have used so far. What is written to is copied just
-    before, so that nothing but that costs memory.
+    Every operation is watched, and what it writes to is copied just before, so that nothing but that costs memory.
+    Watching takes time. Where the names of the parameters that forward passes write to are given as `written`, these
+    and the buffers are copied beforehand instead.
     """
-    tensors = [(tensor, tensor.detach()) for tensor in chain(model.parameters(), model.buffers())]
     attributes: list[tuple[Any, dict]] = [(vars(module), dict(vars(module))) for module in model.modules()]
-    values = [value for _, before in attributes for value in before.values() if type(value) in _CONTAINERS]
-    containers = [(value, copy.copy(value)) for value in values]
+    held = [value for _, before in attributes for value in before.values() if torch.is_tensor(value)]
+    buffers = [*model.buffers(), *held]
+    tensors = [(tensor, tensor.detach()) for tensor in chain(model.parameters(), buffers)]
+    containers = [(value, copy.copy(value)) for _, before in attributes for value in _containers(before)]
     modes = [(module, module.training) for module in model.modules()]  # scripted ones have no such attribute in vars
-    watch = _Watch(tensors)
+    watch = Watch(tensors)
+    if written is not None:
+        changing = [*buffers, *(parameter for name, parameter in model.named_parameters() if name in written)]
+        watch.copies = [(tensor.detach(), tensor.detach().clone()) for tensor in changing]
     try:
-        with watch:
-            yield watch.used
+        with contextlib.nullcontext() if written is not None else watch:
+            yield watch
     finally:
         for container, before in containers:
             container.clear()
@@ -76,18 +82,29 @@ def untouched(model: nn.Module) -> Iterator[set[int]]:
                 alias.copy_(before)
 
 
+def _containers(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """The lists, dicts, sets and deques in a dict of attributes, nested ones too, each once."""
+    seen = set() if seen is None else seen
+    for item in list(value.values()) if isinstance(value, dict) else list(value):
+        if type(item) in _CONTAINERS and id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            yield from _containers(item, seen)
+
+
 def _memory(tensor: Tensor) -> int:
     """Where its storage lies, which views share; 0 where it has none."""
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-class _Watch(TorchDispatchMode):
-    """Notes which tensors operations use, by id, and copies each before one writes to it."""
+class Watch(TorchDispatchMode):
+    """Notes which tensors operations use and write to, by id, and copies each before one writes to it."""
 
     def __init__(self, tensors: list[tuple[Tensor, Tensor]]):
         """`tensors`: each with a view of it, whose copy is kept."""
         super().__init__()
         self.used: set[int] = set()
+        self.written: set[int] = set()
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.watched: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self.copied: set[int] = set()
@@ -104,5 +121,6 @@ class _Watch(TorchDispatchMode):
                 self.used.update(id(tensor) for tensor, _ in self.watched.get(memory, ()))
                 if is_written and memory not in self.copied:
                     self.copied.add(memory)
+                    self.written.update(id(tensor) for tensor, _ in self.watched.get(memory, ()))
                     self.copies += [(alias, alias.clone()) for _, alias in self.watched.get(memory, ())]
         return func(*args, **kwargs)

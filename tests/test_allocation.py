@@ -13,6 +13,7 @@ from torch import nn
 from hf_bimp import Masks
 from hf_bimp.pruning.allocation import Layer, layer_counts, max_sparsity
 from hf_bimp.pruning.granularity import WeightRule
+from hf_bimp.pruning.lamp import lamp_counts
 
 PER_LAYER = ("uniform", "uniform_plus", "erk")
 SHAPES = st.lists(
@@ -75,6 +76,20 @@ def test_lamp_is_the_brute_force_order(shapes, seed, steps, whole_numbers) -> No
         pruned = set(ordered(values, pruned, scores)[: round(sparsity * masks.num_weights)])
         masks.prune(sparsity)
         assert flat(masks) == pruned
+
+
+def test_lamp_of_a_quantized_layer_with_a_single_larger_weight() -> None:
+    """All in one bucket of a histogram, where sums in floating point could not tell the two values apart."""
+    one, next_one = torch.tensor(1.0), torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    quantized = torch.full((300_000,), float(one))
+    quantized[7] = next_one
+    other = torch.linspace(0.1, 3, 1000)
+    counts = lamp_counts(
+        [quantized, other], [torch.zeros(len(w), dtype=torch.bool) for w in (quantized, other)], 300_000
+    )
+    scores = np.concatenate([np.full(299_999, 1 / (299_999 + float(next_one) ** 2)), [1.0], brute_lamp(other.numpy())])
+    taken = np.argsort(scores, kind="stable")[:300_000]
+    assert counts == [int((taken < 300_000).sum()), int((taken >= 300_000).sum())]
 
 
 @given(

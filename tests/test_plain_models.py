@@ -13,9 +13,10 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import EvalPrediction
 
-from helpers import run_arguments
+from helpers import classification_items, run_arguments
 from hf_bimp import BIMPArguments, BIMPTrainer
 from processes import output_of
 from trainers import assert_same_tensors
@@ -306,3 +307,82 @@ def test_the_lines_in_the_readme_run(tmp_path, monkeypatch) -> None:
     assert_same_tensors(scope["sparse"].state_dict(), scope["model"].state_dict())
     assert scope["trainer"].results["sparsity"]["prunable"] == pytest.approx(0.9, abs=1e-6)
     assert {"loss"} <= scope["trainer"].results["final"].keys()
+
+
+class Optional(nn.Module):
+    """Its first argument can be left out, and its loss is its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, ids=None, x=None, target=None):
+        logits = self.last(self.first(x).relu())
+        return {"loss": nn.functional.cross_entropy(logits, target), "logits": logits}
+
+
+def test_a_first_argument_that_can_be_left_out_is(tmp_path) -> None:
+    items = [{"x": item["x"], "target": item["labels"]} for item in classification_items()]
+    args = BIMPArguments(**run_arguments(tmp_path, max_steps=6, target_sparsity=0.5, label_names=["target"]))
+    trainer = BIMPTrainer(Optional(), args, train_dataset=items)
+    trainer.train()
+    assert trainer.results["sparsity"]["prunable"] == 0.5
+
+
+class Bare(nn.Module):
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def bare_trainer(folder, items: list, model: nn.Module | None = None, **changes) -> BIMPTrainer:
+    settings = {"max_steps": 6, "target_sparsity": 0.5, "logging_steps": 1} | changes
+    args = BIMPArguments(**run_arguments(folder, **settings))
+    return BIMPTrainer(Bare() if model is None else model, args, train_dataset=items, eval_dataset=items)
+
+
+def test_a_compiled_one_is_known_too(tmp_path) -> None:
+    trainer = bare_trainer(tmp_path, classification_items(), torch.compile(Bare(), backend="eager"))
+    trainer.train()
+    assert trainer.results["sparsity"]["prunable"] == 0.5 and "loss" in trainer.results["final"]
+
+
+def test_labels_of_eight_bits_count_like_others(tmp_path) -> None:
+    """156 is -100 in eight bits, which does not count."""
+    losses = []
+    for dtype in (torch.uint8, torch.int64):
+        items = [
+            {"x": item["x"], "labels": torch.tensor(156 if i % 2 else 3, dtype=dtype)}
+            for i, item in enumerate(classification_items())
+        ]
+        trainer = bare_trainer(tmp_path, items, Bare(171))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.results["final"]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_batch_without_labels_is_no_loss(tmp_path) -> None:
+    items = [{"x": item["x"], "target": item["labels"]} for item in classification_items()]
+    trainer = bare_trainer(tmp_path, items)
+    with pytest.raises(ValueError, match="returns a tensor and no loss, and the batch .* holds no labels"):
+        trainer.train()
+
+
+def test_a_tuple_is_no_batch_of_a_bare_model(tmp_path) -> None:
+    items = [(item["x"], item["labels"]) for item in classification_items()]
+    args = BIMPArguments(**run_arguments(tmp_path, max_steps=6, target_sparsity=0.5))
+    trainer = BIMPTrainer(Bare(), args, train_dataset=items, data_collator=default_collate)
+    with pytest.raises(ValueError, match="The batch is a (list|tuple), and what of it the model takes as x"):
+        trainer.train()
+
+
+def test_label_names_may_be_those_of_the_data(tmp_path) -> None:
+    items = [{"x": item["x"], "label": item["labels"]} for item in classification_items()]
+    trainer = bare_trainer(tmp_path, items, label_names=["label"])
+    trainer.train()
+    assert trainer.results["final"].keys() == {"loss"}

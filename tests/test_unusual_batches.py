@@ -178,3 +178,63 @@ def test_what_a_model_is_called_with() -> None:
     assert (
         described({"x": x, "y": [x, x], "z": 3}) == "x: float32 (2, 8), y: list of length 2 of float32 (2, 8), z: int"
     )
+
+
+class InParts(nn.Module):
+    """Whose parts a trainer calls one by one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, CLASSES)
+
+    def forward(self, batch: dict) -> Tensor:
+        raise AssertionError("nobody calls the whole")
+
+
+class CountingTrainer(BIMPTrainer):
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls += 1
+        hidden = model.norm(model.first(inputs["x"]))
+        return nn.functional.cross_entropy(model.last(hidden), inputs["labels"])
+
+
+def test_a_loss_that_calls_parts_of_the_model_is_called_in_training_alone(tmp_path, caplog) -> None:
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = CountingTrainer(InParts(), args, train_dataset=classification_items())
+    trainer.train()
+    assert trainer.model.norm.num_batches_tracked == trainer.calls == 8
+    assert trainer.results["theoretical_speedup"] is None and "cannot be counted" in caplog.text
+
+
+class Renaming(BIMPTrainer):
+    """Prepares batches in its own way."""
+
+    def _prepare_inputs(self, inputs):
+        prepared = super()._prepare_inputs(inputs)
+        return {"x": prepared["features"], "labels": prepared["labels"]} if "features" in prepared else prepared
+
+
+def test_a_trainer_that_prepares_batches_otherwise_is_measured_in_its_first_step(tmp_path) -> None:
+    items = [{"features": item["x"], "labels": item["labels"]} for item in classification_items()]
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = Renaming(Mixing(), args, train_dataset=items)
+    trainer.train()
+    assert trainer.results["theoretical_speedup"] > 1.5
+
+
+class OwnLoaderBesideData(BIMPTrainer):
+    """The data are names of what the loader reads."""
+
+    def get_train_dataloader(self):
+        loader = DataLoader(classification_items(), batch_size=8, collate_fn=default_collate)
+        return self.accelerator.prepare(loader)
+
+
+@pytest.mark.parametrize("changes", [{}, {"granularity": "filter"}, {"retrain_schedule": "acc_allr"}], ids=str)
+def test_data_that_only_a_loader_of_ones_own_can_read(tmp_path, changes) -> None:
+    trainer = OwnLoaderBesideData(Mixing(), arguments(tmp_path, **changes), train_dataset=["a", "b"])
+    trainer.train()
+    assert trainer.results["theoretical_speedup"] > 1.1

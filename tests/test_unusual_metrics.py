@@ -23,6 +23,9 @@ VALUES = {
     "bool": True,
     "numpy": np.float32(0.25),
     "integer": np.int64(3),
+    "array": np.eye(2),
+    "tensor": torch.ones(3),
+    "huge": 10**400,
 }
 
 

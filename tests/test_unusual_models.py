@@ -274,3 +274,30 @@ def test_a_weight_that_is_used_without_its_layer_is_used(tmp_path, caplog) -> No
     trainer.train()
     assert "does not use 1 of its prunable weights" in caplog.text and "elements): spare.weight." in caplog.text
     assert matrices(model)["last.weight"].shape == (4, 16)
+
+
+class Hoarding(Restless):
+    """Keeps what no state dict holds, and a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.total, self.nested = torch.zeros(8), {"seen": [[]]}
+        self.register_buffer("adjacency", torch.eye(8).to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.total += x.detach().sum(0)
+        self.nested["seen"][0].append(1)
+        return super().forward(torch.sparse.mm(self.adjacency, x.T).T, labels)
+
+
+@pytest.mark.parametrize("changes", [{}, {"retrain_schedule": "acc_allr"}], ids=str)
+def test_measuring_leaves_a_model_that_every_pass_changes_as_training_alone_does(tmp_path, changes) -> None:
+    data = {"eval_dataset": classification_items(16)}
+    runs = []
+    for evaluated in (True, False):
+        trainer = make_trainer(tmp_path, Hoarding(), evaluate_prunings=evaluated, **changes, **data)
+        trainer.train()
+        runs.append(trainer.model)
+        assert trainer.model.passes == trainer.model.calls == len(trainer.model.nested["seen"][0]) == 12
+    assert_same_tensors(runs[0].state_dict(), runs[1].state_dict())
+    assert torch.equal(runs[0].total, runs[1].total)

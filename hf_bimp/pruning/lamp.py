@@ -133,8 +133,14 @@ def _layer(weight: Tensor, histogram: _Histogram) -> _Layer:
     from_here = total.flip(0).cumsum(0).flip(0)
     above = torch.cat([from_here[1:], from_here.new_zeros(1)])
     smallest, largest = (base * step).square(), ((base + 0xFFFF) * step).square()
-    low = torch.where(from_here > 0, smallest / from_here, 0.0) * (1 - _SLACK)
-    high = torch.where(largest > 0, largest / (above + largest), 0.0) * (1 + _SLACK)
+    low = torch.where(from_here > 0, smallest / from_here, 0.0)
+    high = torch.where(largest > 0, largest / (above + largest), 0.0)
+    # Where all weights of a bucket are the same, as quantized ones are, their score is known.
+    only = sums[buckets] // counts[buckets]
+    value = ((base + only) * step).square()
+    is_one_value = (counts[buckets] * only == sums[buckets]) & (counts[buckets] * only * only == squares[buckets])
+    low = torch.where(is_one_value & (from_here > 0), value / from_here, low) * (1 - _SLACK)
+    high = torch.where(is_one_value & (from_here > 0), value / from_here, high) * (1 + _SLACK)
     return _Layer(weight, buckets.int(), counts[buckets].int(), above, low.float(), high.float())
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..pruning.layers import PRUNABLE_MODULES, weight_of
-from ..reproducibility import preserved_random_state, untouched
+from ..reproducibility import Watch, preserved_random_state, untouched
 from ..storage.model_formats import out_of_wrappers
 
 
@@ -22,12 +22,13 @@ class MultiplyAdds:
 
     `total`: of the whole pass over the example batch; `per_weight`: by parameter name, those in which an element of
     that weight is a factor. All elements of a linear or convolution weight take part in equally many. `used`: the
-    parameters that any operation of the pass has read.
+    parameters that any operation of the pass has read; `written`: those that one has changed, as moving averages are.
     """
 
     total: int
     per_weight: dict[str, int]
     used: frozenset[str] = field(default=frozenset(), compare=False)
+    written: frozenset[str] = field(default=frozenset(), compare=False)
 
     def speedup(self, density: Mapping[str, float]) -> float:
         """Dense over sparse multiply-adds, where `density` is the share of nonzero elements by parameter name.
@@ -69,12 +70,11 @@ def count_multiply_adds(model: nn.Module, example_inputs: Tensor | tuple | Mappi
     )
     counter = FlopCounterMode(display=False, custom_mapping=inner_products)
     args, kwargs = _call_arguments(example_inputs)
-    with _inference(model) as used, counter, _attributed(counter, layers) as flops:
+    with _inference(model) as watch, counter, _attributed(counter, layers) as flops:
         model(*args, **kwargs)
     per_weight = {name: flops[name] // 2 for name in sorted(flops)}
-    return MultiplyAdds(
-        counter.get_total_flops() // 2, per_weight, frozenset(name for i, name in names.items() if i in used)
-    )
+    used, written = (frozenset(names[i] for i in found if i in names) for found in (watch.used, watch.written))
+    return MultiplyAdds(counter.get_total_flops() // 2, per_weight, used, written)
 
 
 def theoretical_speedup(model: nn.Module, example_inputs: Tensor | tuple | Mapping[str, Any]) -> float:
@@ -132,20 +132,17 @@ def _attributed(counter: FlopCounterMode, layers: Mapping[nn.Module, str]) -> It
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[set[int]]:
-    """Evaluation mode without gradients, out of kernels that count as nothing; all is left as it was.
-
-    Gives the ids of the parameters that have been used.
-    """
+def _inference(model: nn.Module) -> Iterator[Watch]:
+    """Evaluation mode without gradients, out of kernels that count as nothing; all is left as it was."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoder in one kernel
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with untouched(model) as used, preserved_random_state(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with untouched(model) as watch, preserved_random_state(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model.eval()
             for parameter in trained:  # torch's counter fails where a parameter itself is a module's input
                 parameter.requires_grad_(False)
-            yield used
+            yield watch
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for parameter in trained:

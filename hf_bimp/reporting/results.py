@@ -1,6 +1,6 @@
 """What a run did, read off its log: the plan table and `bimp_results.json`."""
 
-import math
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
@@ -151,13 +151,14 @@ def _stability(pruning: dict) -> dict[str, float]:
     return {
         k: 1 - (before[k] - after[k]) / before[k]
         for k in before
-        if not k.endswith("loss") and before[k] and is_number(before[k]) and is_number(after.get(k))
+        if not k.endswith("loss") and is_number(before[k]) and before[k] and is_number(after.get(k))
     }
 
 
 def is_number(value: Any) -> bool:
     """Whether a metric can be compared: NaN, lists, texts and truth values cannot."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def sparsities(model: nn.Module, masks: Masks) -> dict[str, Any]:

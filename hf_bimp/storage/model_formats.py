@@ -105,6 +105,11 @@ def savable_state(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, PreTrainedModel):
         return state
     for name, tensor in state.items():
+        if not torch.is_tensor(tensor):  # of get_extra_state
+            raise ValueError(
+                f"{type(model).__name__} keeps {name} ({type(tensor).__name__}) in its state dict, and safetensors "
+                "saves tensors alone. Keep it elsewhere, such as in an attribute."
+            )
         state[name] = tensor = tensor.contiguous()
         memory = tensor.untyped_storage().data_ptr()
         if memory in seen:
@@ -122,6 +127,8 @@ def weights_trainer_misses(model: nn.Module, checkpoint: str) -> dict[str, Tenso
     with which it loads.
     """
     bare = out_of_wrappers(model)
+    if not any((Path(checkpoint) / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return None  # of a trainer with a format of its own
     if library_of(bare) == "segmentation_models_pytorch":
         return load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
     if not isinstance(bare, PreTrainedModel):

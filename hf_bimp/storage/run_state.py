@@ -174,9 +174,11 @@ def damage(checkpoint: Path) -> str | None:
     names += [MASKS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME]  # a folder that was being deleted may lack any of its files
     if absent := [name for name in names if not _is_filled(checkpoint / name)]:
         return f"{absent[0]} is missing or empty"
+    if 3 <= version <= FORMAT_VERSION:
+        return integrity.damage(checkpoint, processes)  # weights among them, in whatever format
     if not any(_is_filled(checkpoint / name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return f"{SAFE_WEIGHTS_NAME} is missing or empty"
-    return integrity.damage(checkpoint, processes) if 3 <= version <= FORMAT_VERSION else None
+    return None
 
 
 def _mapping(path: Path) -> dict:

@@ -1,8 +1,9 @@
 """A few training items as the model gets them, of whatever form batches have."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from ..reproducibility import preserved_random_state, untouched
 from ..storage.model_formats import out_of_wrappers
 
 logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 def check_readable_twice(data: Dataset | None) -> None:
@@ -41,36 +44,58 @@ def first_items(inputs: Any, items: int = 2, batch_size: int | None = None) -> A
     return inputs[:items] if torch.is_tensor(inputs) and inputs.ndim and len(inputs) == size else inputs
 
 
-def examples(batch: Any) -> Iterator[Any]:
-    """Ever more of a batch, from two items on: models that mix the items of a batch may not take a few."""
-    yield first_items(batch)
-    yield batch
+def first_that_works(run: Callable[[Any], Result], batch: Any) -> Result:
+    """`run` of two items of a batch, or of all: models that mix items may not take a few. Raises what two raise."""
+    try:
+        return run(first_items(batch))
+    except Exception as error:  # any model's code
+        try:
+            return run(batch)
+        except Exception:
+            raise error from None
 
 
 class _FirstCall(Exception):
-    """The model is being called."""
+    """A module is being called."""
 
 
 def inputs_of_first_call(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
     """What `run(model)` calls the model with, a tuple or a dict; it is stopped there, so that nothing is computed.
 
-    None where it does not call the model.
+    None where it calls something else first: a part of the model, or nothing.
     """
     calls: list[Any] = []
 
     def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(_together(module, args, kwargs))
+        if module is model:
+            calls.append(_together(module, args, kwargs))
         raise _FirstCall
 
-    hook = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    hooks = [m.register_forward_pre_hook(stop, prepend=True, with_kwargs=True) for m in model.modules()]
     try:
         run(model)
     except Exception as error:  # any trainer's compute_loss
         if not isinstance(error, _FirstCall):
             logger.info(f"compute_loss did not get as far as the model: {type(error).__name__}: {error}")
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return calls[0] if calls else None
+
+
+@contextlib.contextmanager
+def watched_calls(model: nn.Module) -> Iterator[list[Any]]:
+    """Gives what the model is called with inside, call by call."""
+    calls: list[Any] = []
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append(_together(module, args, kwargs))
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def _together(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -93,25 +118,31 @@ def described(inputs: Any) -> str:
     return type(inputs).__name__
 
 
-def fitting_example(model: nn.Module, batch: Any) -> Any:
-    """Two items of `batch`, or all of it, on which the model can run. Raises `ValueError` where it takes neither.
+def fitting_example(model: nn.Module, batch: Any, handed_to_the_model: Callable[[], Any]) -> Any:
+    """Two items of `batch`, or all of it, on which the model can run; else those of `handed_to_the_model()`.
 
-    The model is left as it was.
+    The model is left as it was. Raises `ValueError`, with what the batch holds, where it takes none of these.
     """
-    model, first_error = out_of_wrappers(model), None
-    for inputs in examples(batch):
-        try:
-            with untouched(model), preserved_random_state(), torch.no_grad():
-                model.eval()
-                model(**inputs) if isinstance(inputs, Mapping) else model(*_as_tuple(inputs))
-            return inputs
-        except Exception as error:  # any model's code
-            first_error = first_error or error
-    raise ValueError(
-        "granularity='filter' traces the model with the first training items, and the model does not take them: "
-        f"{type(first_error).__name__}: {first_error}. The batch holds {described(batch)}. Have the data collator "
-        "return the model's own arguments as a dict, or use granularity='weight'."
-    ) from first_error
+    model = out_of_wrappers(model)
+
+    def run(inputs: Any) -> Any:
+        with untouched(model), preserved_random_state(), torch.no_grad():
+            model.eval()
+            model(**inputs) if isinstance(inputs, Mapping) else model(*_as_tuple(inputs))
+        return inputs
+
+    try:
+        return first_that_works(run, batch)
+    except Exception as error:
+        handed = handed_to_the_model()
+        with contextlib.suppress(Exception):
+            if handed is not None:
+                return first_that_works(run, handed)
+        raise ValueError(
+            "granularity='filter' traces the model with the first training items, and the model does not take them: "
+            f"{type(error).__name__}: {error}. The batch holds {described(batch)}. Have the data collator return the "
+            "model's own arguments as a dict, or use granularity='weight'."
+        ) from error
 
 
 def _as_tuple(inputs: Any) -> tuple:

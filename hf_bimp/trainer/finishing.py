@@ -68,15 +68,16 @@ class FinishingHooks(MeasuringHooks):
                 f"{sparsities(self.bare_model, self.method.masks)['prunable']:.2%} sparse."
             )
         if self.args.save_strategy != "no" and self._bimp_trial is None:
-            self.save_model(_internal_call=True)
+            self.save_model(self.args.output_dir, _internal_call=True)
         history = self.state.log_history
         summary = next((entry for entry in reversed(history) if "train_loss" in entry), None)
         try:
             if self.eval_dataset is not None and not self._metrics_of_final_model():
-                with only_a_measure("The evaluation of the final model"):
+                with only_a_measure("The evaluation of the final model"), self.measured_model():
                     self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
-            self._write_results()
-            self.log(measures(self.results))
+            with only_a_measure("Summing the run up"):
+                self._write_results()
+                self.log(measures(self.results))
         finally:
             if summary is not None:  # scripts read Trainer's own summary off the end
                 history[:] = [entry for entry in history if entry is not summary] + [summary]

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -17,7 +16,13 @@ from ..reproducibility import preserved_random_state, untouched
 from ..storage.files import as_json
 from .checkpoints import CheckpointHooks
 from .checks import warn_of_unused
-from .example_inputs import check_readable_twice, examples, fitting_example, inputs_of_first_call
+from .example_inputs import (
+    check_readable_twice,
+    first_that_works,
+    fitting_example,
+    inputs_of_first_call,
+    watched_calls,
+)
 from .train_accuracy import INSTEAD, accuracy, labels_of, logits_of
 
 logger = logging.get_logger(__name__)
@@ -32,16 +37,13 @@ def only_a_measure(what: str) -> Iterator[None]:
         logger.warning(f"{what} failed, and the run goes on without: {type(error).__name__}: {error}")
 
 
-def try_to_count(model: nn.Module, batch: Any) -> MultiplyAdds | None:
-    """Multiply-adds of one pass over the first items of `batch`; None, with a warning, where a model defies it."""
-    problem: Exception | None = None
-    for inputs in examples(batch):
-        try:
-            return count_multiply_adds(model, inputs)
-        except Exception as error:  # any model's code runs here, and a measure alone must not end a training
-            problem = problem or error
-    logger.warning(f"No theoretical speedup will be reported, multiply-adds cannot be counted: {problem!r}")
-    return None
+def _is_readable(loader: DataLoader) -> bool:
+    try:
+        next(iter(loader))
+    except Exception as error:  # a collator that does not fit: the user has a loader of his own
+        logger.info(f"The training data is read by get_train_dataloader alone: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 class _ProgressOnly(TrainerCallback):
@@ -81,7 +83,11 @@ class MeasuringHooks(CheckpointHooks):
         if self.eval_dataset is None:
             return {}
         logged: list[dict[str, Any]] = []
-        with only_a_measure("The evaluation around a pruning"), preserved_random_state():
+        with (
+            only_a_measure("The evaluation around a pruning"),
+            preserved_random_state(),
+            self.measured_model(),
+        ):
             with self._silent_evaluation() as logged:
                 logged.append(self.evaluate(ignore_keys=self._ignore_keys_around_pruning))
             return metrics_under({name: value for entry in logged for name, value in entry.items()}, "eval_")
@@ -101,23 +107,32 @@ class MeasuringHooks(CheckpointHooks):
             for name, value in flags.items():  # of the very object that Trainer is about to read
                 setattr(control, name, value)
 
+    def measured_model(self) -> contextlib.AbstractContextManager:
+        """In it, passes over the model leave it as it was; the one that was counted has told what they write to."""
+        return untouched(self.bare_model, frozenset() if self._multiply_adds is None else self._multiply_adds.written)
+
     # ---- On training items ----
 
     def _measured_items(self) -> DataLoader:
-        """The training items in their order; as the user's own loader has them where there is no data set."""
-        if self.train_dataset is None:
-            return self.get_train_dataloader()
-        return self.get_test_dataloader(self.train_dataset)
+        """The training items in their order; as the user's own loader has them where the data alone cannot be read."""
+        if self.train_dataset is not None:
+            loader = self.get_test_dataloader(self.train_dataset)
+            if type(self).get_train_dataloader is Trainer.get_train_dataloader or _is_readable(loader):
+                return loader
+        return self.get_train_dataloader()
+
+    def _first_batch(self) -> Any:
+        """On the device. That of trainers that prepare batches otherwise may generate, and comes with the training."""
+        with preserved_random_state():
+            return Trainer._prepare_inputs(self, next(iter(self._measured_items())))
 
     def _bimp_train_accuracy(self) -> float:
         """On the whole training set, in evaluation mode."""
-        with preserved_random_state():
+        with preserved_random_state(), self.measured_model():
             batches = map(self._prepare_inputs, self._measured_items())
             self.model.eval()
             gather, names = self.accelerator.gather_for_metrics, self.label_names or ["labels"]
-            share = accuracy(batches, self._outputs_of, gather, names, self._loss_shifts_labels)
-        self.model.train()
-        return share
+            return accuracy(batches, self._outputs_of, gather, names, self._loss_shifts_labels)
 
     def _outputs_of(self, inputs: Any) -> Any:
         with self.compute_loss_context_manager():
@@ -142,37 +157,47 @@ class MeasuringHooks(CheckpointHooks):
     def _bimp_example_inputs(self) -> Any:
         """The first training items as the model gets them, on its device, for tracing. Raises `ValueError`."""
         check_readable_twice(self.train_dataset)
-        with preserved_random_state():
-            batch = next(iter(self._measured_items()))
-            return fitting_example(self.bare_model, self._as_the_model_gets_them(batch))
+        batch = self._first_batch()
+        return fitting_example(self.bare_model, batch, lambda: self._handed_to_the_model(batch))
 
-    def _as_the_model_gets_them(self, batch: Any) -> Any:
-        """What `compute_loss` hands to the model of a batch: labels may stay behind, and batches be anything."""
-        inputs = Trainer._prepare_inputs(self, batch)  # on the device; that of others may generate
-        given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        with preserved_random_state():
-            found = inputs_of_first_call(self.bare_model, lambda model: self.compute_loss(model, given))
-        return inputs if found is None else found
+    def _handed_to_the_model(self, batch: Any) -> Any:
+        """What `compute_loss` calls the model with: labels may stay behind. None where that is not seen."""
+        given = dict(batch) if isinstance(batch, Mapping) else batch
+        with preserved_random_state(), untouched(self.bare_model), torch.no_grad():
+            return inputs_of_first_call(self.bare_model, lambda model: self.compute_loss(model, given))
 
-    def count_multiply_adds(self, batch: Any = None) -> None:
-        """At the start of a run, or with its first batch where data without a length may give every item once."""
-        if batch is None:
-            self._multiply_adds, self._waits_for_batch = None, not has_length(self.train_dataset)
-            if self._waits_for_batch:
-                return
+    def count_multiply_adds(self) -> None:
+        """At the start of a run; where the first items do not fit or come only once, with the first step's call."""
+        self._multiply_adds, self._waits_for_batch = None, True
+        if has_length(self.train_dataset):
             try:
-                with preserved_random_state():
-                    batch = next(iter(self._measured_items()))
-            except Exception as error:  # a loader of the user's own may be all that reads this data
-                logger.info(f"The first training items are looked at later: {type(error).__name__}: {error}")
-                self._waits_for_batch = True
-                return
-        elif not self._waits_for_batch:
+                self._count(self._first_batch())
+            except Exception as error:  # data and models are anybody's code
+                logger.info(f"Multiply-adds are counted in the first step: {type(error).__name__}: {error}")
+
+    def _count(self, batch: Any) -> None:
+        self._multiply_adds = first_that_works(lambda inputs: count_multiply_adds(self.bare_model, inputs), batch)
+        self._waits_for_batch = False
+        warn_of_unused(self.method.masks, self._multiply_adds)
+
+    @contextlib.contextmanager
+    def counted_if_waiting(self, batch: Any) -> Iterator[None]:
+        """Around the first training step: what the model is called with in it is counted after it."""
+        if not self._waits_for_batch:
+            yield
             return
         self._waits_for_batch = False
-        with only_a_measure("Counting multiply-adds"):
-            self._multiply_adds = try_to_count(self.bare_model, self._as_the_model_gets_them(batch))
-            warn_of_unused(self.method.masks, self._multiply_adds)
+        is_compiled = self.args.torch_compile or self.bare_model is not self.model
+        if is_compiled:  # a hook would become part of what is compiled
+            calls = [self._handed_to_the_model(Trainer._prepare_inputs(self, batch))]
+            yield
+        else:
+            with watched_calls(self.bare_model) as calls:
+                yield
+        try:
+            self._count(calls[0] if calls and calls[0] is not None else Trainer._prepare_inputs(self, batch))
+        except Exception as error:  # any model's code runs here, and a measure alone must not end a training
+            logger.warning(f"No theoretical speedup will be reported, multiply-adds cannot be counted: {error!r}")
 
     def theoretical_speedup(self) -> float | None:
         """Multiply-adds of the dense model over those of the model as it is; None where they cannot be counted."""

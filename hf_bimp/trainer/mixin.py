@@ -174,9 +174,9 @@ class BIMPMixin(FinishingHooks):
         self.lr_scheduler.set_step(step)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        self.count_multiply_adds(inputs)
         self.throughput.trained_on(find_batch_size(inputs) or 0)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with self.counted_if_waiting(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         # Here and not in on_pre_optimizer_step: clipping comes between, and its norm must not see pruned weights.
         if self.accelerator.sync_gradients:
             self.method.edit_gradients()

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .cross_entropy import CrossEntropy, logits_of
+from .cross_entropy import OWN_LOSS, CrossEntropy, logits_of
 from .loss import LabelWeightedLoss
 
 _Base = Trainer if TYPE_CHECKING else object
@@ -52,9 +52,11 @@ class NamedColumns:
         for name in LABELS[1:]:
             if name in batch and "labels" not in batch:
                 batch["labels"] = batch.pop(name)
+        if "labels" in batch and torch.is_tensor(batch["labels"]) and not batch["labels"].is_floating_point():
+            batch["labels"] = batch["labels"].long()  # in eight bits -100, which does not count, is another class
         first, held = self.arguments[0], ", ".join(batch)
         others = [name for name in batch if name not in ["labels", *self.arguments]]
-        if first not in batch:
+        if not any(name in batch for name in self.arguments):  # the first may be one that can be left out
             if len(others) != 1:
                 raise ValueError(
                     f"The model takes {', '.join(self.arguments)}, and which of the columns {held} is {first!r} is "
@@ -82,10 +84,11 @@ class PlainModels(_Base):
         super().__init__(model, args, *rest, **kwargs)
         if type(self).compute_loss not in (LabelWeightedLoss.compute_loss, PlainModels.compute_loss):
             return
-        self._bimp_forward_arguments = names = forward_arguments(self.accelerator.unwrap_model(self.model))
+        self._bimp_forward_arguments = names = forward_arguments(self.bare_model)
         if names is not None:
             self.data_collator = NamedColumns(self.data_collator, names, self.args.remove_unused_columns)
-            self.label_names = ["labels"] if self.args.label_names is None else self.args.label_names
+            given = self.args.label_names or ["labels"]
+            self.label_names = ["labels" if name in LABELS else name for name in given]  # as NamedColumns calls them
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -116,9 +119,21 @@ class PlainModels(_Base):
     ) -> Any:
         if self._bimp_forward_arguments is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not isinstance(inputs, Mapping):
+            raise ValueError(
+                f"The batch is a {type(inputs).__name__}, and what of it the model takes as "
+                f"{', '.join(self._bimp_forward_arguments)} is not known. Pass a data_collator that returns a dict of "
+                "these and 'labels', or use a trainer with a compute_loss of its own."
+            )
         if self.compute_loss_func is not None or "labels" not in inputs:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            outputs = {"logits": outputs} if torch.is_tensor(outputs) else outputs
+            if torch.is_tensor(outputs):
+                if self.compute_loss_func is None and model.training:
+                    raise ValueError(
+                        f"The model returns a tensor and no loss, and the batch ({', '.join(inputs)}) holds no labels "
+                        f"to take one of. Call the column of classes 'labels'. {OWN_LOSS}"
+                    )
+                outputs = {"logits": outputs}
         else:
             outputs = {"logits": logits_of(model(**{n: value for n, value in inputs.items() if n != "labels"}))}
             loss = CrossEntropy(self.args.label_smoothing_factor)(outputs, inputs["labels"], num_items_in_batch)

@@ -340,3 +340,39 @@ def test_without_the_weighted_loss_it_is_that_of_trainer(tmp_path) -> None:
     plain = losses(Trainer, TrainingArguments(**common))
     assert losses(PlainLossTrainer, SparseArguments(**common, method="dense")) == pytest.approx(plain, rel=1e-6)
     assert losses(BIMPTrainer, BIMPArguments(**common, method="dense")) != pytest.approx(plain, rel=0.1)
+
+
+class OwnFormatTrainer(Trainer):
+    """Saves and loads in its own way, by signatures of its own."""
+
+    def save_model(self, output_dir, _internal_call=False):
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save(self, output_dir=None, state_dict=None):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), Path(output_dir) / "own.pt")
+
+    def _load_from_checkpoint(self, folder, model=None):
+        self.model.load_state_dict(torch.load(Path(folder) / "own.pt"))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class SparseOwnFormatTrainer(BIMPMixin, OwnFormatTrainer):
+    pass
+
+
+def test_a_format_of_ones_own_is_resumed_and_the_best_is_loaded(tmp_path) -> None:
+    def run(folder: str, resume: str | None = None) -> SparseOwnFormatTrainer:
+        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+        args = arguments(SparseArguments, tmp_path / folder, **best)
+        items = classification_items()
+        trainer = SparseOwnFormatTrainer(model=classifier(), args=args, train_dataset=items, eval_dataset=items)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    assert (tmp_path / "whole" / "own.pt").is_file() and whole.results["final"]
+    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_tensors(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
