@@ -10,6 +10,7 @@ deviation over the seeds, after every run.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from comparison.jobs import combinations, do_run, mean_and_deviation
 from comparison.recipe import load_recipe
 from shared.cli import read_config
+
+NEEDED = ("recipe", "base", "seeds", "dense", "grids", "final", "model_key")
 
 
 def pruning_config(study: dict, grid: dict, choice: dict, dense: dict, dense_dir: Path, seed: int) -> dict:
@@ -68,8 +71,13 @@ def main() -> None:
     parser.add_argument("--dataset_name", help="Hub id or local folder, in place of the config's")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    study = read_config(args.config)
-    base = read_config(args.config.parent / study["base"])
+    try:
+        study = read_config(args.config)
+        if missing := [name for name in NEEDED if name not in study]:
+            raise ValueError(f"{args.config} lacks {', '.join(missing)}.")
+        base = read_config(args.config.parent / study["base"])
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     pruning_keys = ("target_sparsity", "num_cycles", "dense_ratio", "retrain_schedule", "num_train_epochs")
     given = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     study = {"scale": 100, "model_prefix": "", "dense_seed": None} | study

@@ -14,7 +14,7 @@ from helpers import At, classification_items, classifier, run_arguments, sparsit
 from hf_bimp import BIMPArguments, BIMPTrainer
 from method_table import PRUNING_STABLE, SHORT
 from processes import PATIENCE
-from trainers import assert_same_tensors
+from trainers import assert_same_tensors, make_trainer
 
 # Children come from a server that has the libraries imported and no threads yet, so that starting one takes no time.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -341,3 +341,21 @@ def test_resumed_model_is_as_sparse_as_planned(whole_run):
     model = classifier()
     model.load_state_dict(load_file(whole_run / "model.safetensors"))
     assert sparsity(model) == pytest.approx(0.8, abs=3e-3)
+
+
+@pytest.mark.parametrize("stopped_at", [5, 7], ids=["end of an epoch", "within one"])
+def test_persistent_workers_take_no_random_number_of_the_training(tmp_path, monkeypatch, caplog, stopped_at) -> None:
+    """They are seeded when they start, which a resumed run does at another time."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # workers end at once afterwards
+
+    def run(folder: Path, resume: Path | None = None):
+        workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+        saving = {"save_strategy": "steps", "save_steps": stopped_at, "max_steps": 12}
+        trainer = make_trainer(folder, classifier(0.3), classification_items(37), **workers, **saving)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer.model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{stopped_at}")
+    assert_same_tensors(whole, resumed)
+    assert "as workers start anew" in caplog.text

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from ..methods import Method
@@ -47,6 +49,22 @@ class CheckpointHooks(_Base):
             )
         self.resumed = run_state.read_state(resume_from_checkpoint) if resume_from_checkpoint else None
         return resume_from_checkpoint or None
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._without_draws(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return self._without_draws(super().get_eval_dataloader(*args, **kwargs))
+
+    def _without_draws(self, loader: DataLoader) -> DataLoader:
+        """Persistent workers are seeded once, when they start: a resumed run starts them at another time.
+
+        From random numbers of their own, they leave those of the training (dropout) as they are.
+        """
+        if self.args.dataloader_persistent_workers and self.args.dataloader_num_workers:
+            plain = getattr(loader, "base_dataloader", loader)  # out of Accelerate's
+            plain.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     @property
     def bare_model(self) -> nn.Module:

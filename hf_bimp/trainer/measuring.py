@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from ..reporting.flops import MultiplyAdds, count_multiply_adds
@@ -111,13 +111,36 @@ class MeasuringHooks(CheckpointHooks):
         """In it, passes over the model leave it as it was; the one that was counted has told what they write to."""
         return untouched(self.bare_model, frozenset() if self._multiply_adds is None else self._multiply_adds.written)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with self._saved_buffers():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _saved_buffers(self) -> Iterator[None]:
+        """In it, every process has the buffers of the first one, which are those that a checkpoint holds.
+
+        Statistics of batch norms are each process's own until the next training step.
+        """
+        if self.args.world_size == 1:
+            yield
+            return
+        buffers = [buffer for buffer in self.bare_model.buffers() if buffer.layout == torch.strided]
+        own = [buffer.clone() for buffer in buffers]
+        for buffer in buffers:
+            torch.distributed.broadcast(buffer, 0)
+        try:
+            yield
+        finally:
+            for buffer, before in zip(buffers, own, strict=True):
+                buffer.copy_(before)
+
     # ---- On training items ----
 
     def _measured_items(self) -> DataLoader:
         """The training items in their order; as the user's own loader has them where the data alone cannot be read."""
         if self.train_dataset is not None:
             loader = self.get_test_dataloader(self.train_dataset)
-            if type(self).get_train_dataloader is Trainer.get_train_dataloader or _is_readable(loader):
+            if type(self).get_train_dataloader is CheckpointHooks.get_train_dataloader or _is_readable(loader):
                 return loader
         return self.get_train_dataloader()
 
@@ -128,7 +151,7 @@ class MeasuringHooks(CheckpointHooks):
 
     def _bimp_train_accuracy(self) -> float:
         """On the whole training set, in evaluation mode."""
-        with preserved_random_state(), self.measured_model():
+        with preserved_random_state(), self.measured_model(), self._saved_buffers():
             batches = map(self._prepare_inputs, self._measured_items())
             self.model.eval()
             gather, names = self.accelerator.gather_for_metrics, self.label_names or ["labels"]

@@ -151,14 +151,19 @@ class BIMPMixin(FinishingHooks):
         self.count_multiply_adds()
         if self.is_world_process_zero():
             print(plan_table(self.method, self._bimp_run.stays_dense), flush=True)
-        if self.resumed and not float(self.state.epoch or 0).is_integer():
+        is_between_epochs = float(self.state.epoch or 0).is_integer()
+        restarts_workers = self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0
+        if self.resumed and not (is_between_epochs and not restarts_workers):
+            where = "with workers that persist" if is_between_epochs else "in the middle of an epoch"
             what = "Items that draw random numbers (augmentation) come out differently than without the interruption"
-            if self.args.train_sampling_strategy == "group_by_length":
+            if self.args.train_sampling_strategy == "group_by_length" and not is_between_epochs:
                 what = "train_sampling_strategy='group_by_length' shuffles differently after a resume"
-            logger.warning(
-                f"Resuming in the middle of an epoch. {what}; only from a checkpoint at the end of an epoch is the "
-                "result exactly the same (save_strategy='epoch')."
+            only = (
+                "only from a checkpoint at the end of an epoch is the result exactly the same (save_strategy='epoch')"
             )
+            if restarts_workers:
+                only = "with dataloader_persistent_workers=True, as workers start anew, also from the end of an epoch"
+            logger.warning(f"Resuming {where}. {what}; {only}.")
 
     # ---- Steps ----
 

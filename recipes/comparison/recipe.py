@@ -21,5 +21,7 @@ class Recipe(Protocol):
 
 
 def load_recipe(name: str) -> Recipe:
-    """One of RECIPES, by its name."""
+    """One of RECIPES, by its name. Raises `ValueError` for another."""
+    if name not in RECIPES:  # nothing else is imported, whatever a file says
+        raise ValueError(f"recipe={name!r} is none of {', '.join(RECIPES)}.")
     return importlib.import_module(name)

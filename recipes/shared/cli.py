@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,21 @@ def parse(dataclass_types: tuple[type, ...], default_config: str | None = None) 
         for action in parser._actions:  # what the file gives is no longer required on the command line
             action.required = action.required and action.dest not in config
         parser.set_defaults(**config)
-    return parser.parse_args_into_dataclasses(arguments)
+    parsed = parser.parse_args_into_dataclasses(arguments)
+    try:
+        check_choices(parsed)  # argparse does not look at what a file gives
+    except ValueError as error:
+        parser.error(f"{path}: {error}" if path else str(error))
+    return parsed
+
+
+def check_choices(parsed: tuple[Any, ...]) -> None:
+    """Raises `ValueError` for an argument that is none of its choices."""
+    for arguments in parsed:
+        for field in fields(arguments):
+            choices, value = field.metadata.get("choices"), getattr(arguments, field.name)
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{field.name}={value!r} is none of {', '.join(map(str, choices))}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,16 +64,20 @@ _Loader.add_implicit_resolver(
 
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML or JSON file of names and values. Raises `ValueError` where it is something else."""
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold names and values, one `name: value` a line, not {content!r:.40}.")
+        raise ValueError(f"{path} must hold names and values, one `name: value` a line, not {str(content):.40}.")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(f"{path}: {odd[0]!r} is no name. Quote it, if it is meant as one.")
     return content
 
 
 def parse_config(dataclass_types: tuple[type, ...], config: dict[str, Any]) -> tuple[Any, ...]:
     """Instances of the dataclasses from a dict, for recipes that call other recipes."""
-    return HfArgumentParser(dataclass_types).parse_dict(config)
+    parsed = HfArgumentParser(dataclass_types).parse_dict(config)
+    check_choices(parsed)
+    return parsed
