@@ -160,3 +160,34 @@ def test_a_model_changed_after_it_was_made_needs_its_architecture(tmp_path: Path
     with pytest.raises(ValueError, match="Build the dense model"):
         load_shrunk(tmp_path)
     assert_same(outputs(load_shrunk(tmp_path, build()), features), outputs(small, features))
+
+
+SPOILT = {
+    "no JSON": "{",
+    "a list": "[]",
+    "another library": {"origin": {"library": "os", "name": "system"}},
+    "no model": {"origin": {"library": "transformers", "name": "AutoConfig"}},
+    "a name that is none": {"origin": {"library": "transformers", "name": 3}},
+    "another dtype": {"dtype": "load"},
+    "a negative width": {"widths": {"0": {"out_features": -1}}},
+    "a text for a width": {"widths": {"0": {"out_features": "12"}}},
+    "an unknown attribute": {"widths": {"0": {"forward": 12}}},
+    "an attribute of another layer": {"widths": {"0": {"num_features": 12}}},
+    "a width that the weight has not": {"widths": {"0": {"out_features": 4096}}},
+    "widths that are none": {"widths": 3},
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_shrunk_model_of_another_form_is_refused_by_file_and_field(tmp_path, what) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    save_shrunk(model, tmp_path)
+    path = tmp_path / "shrunk.json"
+    content = json.loads(path.read_text())
+    spoilt = SPOILT[what]
+    path.write_text(spoilt if isinstance(spoilt, str) else json.dumps(content | spoilt))
+    given = None if what == "no model" else model
+    if what == "no model":
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="shrunk.json|no model of transformers"):
+        load_shrunk(tmp_path, given)

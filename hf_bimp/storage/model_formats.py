@@ -6,6 +6,7 @@ the weights; any other module leaves a plain state dict.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .files import write_json
+
+LIBRARIES = ("transformers", "timm", "segmentation_models_pytorch")
 
 
 def out_of_wrappers(model: nn.Module) -> nn.Module:
@@ -77,7 +80,8 @@ def build(origin: dict[str, str], directory: Path) -> nn.Module:
     """The architecture that `write_config` left in `directory`, with random weights; `origin` is what it returned."""
     with torch.random.fork_rng(devices=[]):
         if origin["library"] == "transformers":
-            model = getattr(transformers, origin["name"])(transformers.AutoConfig.from_pretrained(directory))
+            kind = _class(transformers, origin["name"], PreTrainedModel, directory)
+            model = kind(transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False))
             if (directory / GENERATION_CONFIG_NAME).is_file():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
             return model
@@ -87,12 +91,20 @@ def build(origin: dict[str, str], directory: Path) -> nn.Module:
 
             arguments = {name: value for name, value in config.items() if not name.startswith("_")}
             arguments["encoder_weights"] = None  # nothing to download: all weights are replaced
-            return getattr(segmentation_models_pytorch, origin["name"])(**arguments)
+            return _class(segmentation_models_pytorch, origin["name"], nn.Module, directory)(**arguments)
         import timm
 
         from .. import models  # noqa: F401  registers the CIFAR models
 
         return timm.create_model(origin["name"], pretrained=False, **config.get("model_args", {}))
+
+
+def _class(module: Any, name: str, base: type, directory: Path) -> Any:
+    """The class `name` of a library. Raises `ValueError` where it is no such model: a file must not name any code."""
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{directory}: {name!r} is no model of {module.__name__}. Save the model anew.")
+    return found
 
 
 def savable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ...storage.files import write_json
-from ...storage.model_formats import build, write_config
+from ...storage.model_formats import LIBRARIES, build, write_config
 from ..layers import find_prunable
 from .groups import find_filter_groups
 from .surgery import TOLERANCE, cpu_copy, cpu_inputs, deep_copy, output_difference, remove_channels, zero_filters
@@ -102,7 +103,7 @@ def load_shrunk(directory: str | Path, model: nn.Module | None = None) -> nn.Mod
             f"{directory} has no {SHRUNK_NAME}: it was not written by hf_bimp.save_shrunk, or saving was cut off. "
             "Shrink and save the model anew; unshrunk models are loaded with from_pretrained."
         )
-    content = json.loads((directory / SHRUNK_NAME).read_text(encoding="utf-8"))
+    content = _read(directory / SHRUNK_NAME)
     if model is None and content["origin"] is None:
         raise ValueError(
             f"{directory} does not say how its architecture is built. Build the dense model as before training, and "
@@ -119,6 +120,34 @@ def load_shrunk(directory: str | Path, model: nn.Module | None = None) -> nn.Mod
     return model.eval()
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What `save_shrunk` has written. Raises `ValueError` that names file and field where it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Shrink and save the model anew.") from error
+    content = content if isinstance(content, dict) else {}
+    origin, widths = content.get("origin"), content.get("widths")
+    is_origin = isinstance(origin, dict) and origin.get("library") in LIBRARIES and isinstance(origin.get("name"), str)
+    known = {attribute for attributes in WIDTHS.values() for attribute in attributes}
+    problems = {
+        "origin": not (origin is None or is_origin),
+        "dtype": content.get("dtype") not in ("float32", "float64", "bfloat16", "float16"),
+        "widths": not isinstance(widths, dict)
+        or any(
+            not isinstance(attributes, dict)
+            or any(name not in known or type(width) is not int or width < 1 for name, width in attributes.items())
+            for attributes in widths.values()
+        ),
+    }
+    if wrong := [field for field, is_wrong in problems.items() if is_wrong]:
+        raise ValueError(
+            f"{path}: {wrong[0]} is not what save_shrunk writes ({str(content.get(wrong[0])):.60}). Shrink and save "
+            "the model anew."
+        )
+    return content
+
+
 def _widths(model: nn.Module) -> dict[str, dict[str, int]]:
     """The widths of all layers that can shrink, by module and attribute."""
     return {
@@ -127,6 +156,20 @@ def _widths(model: nn.Module) -> dict[str, dict[str, int]]:
         for kind, attributes in WIDTHS.items()
         if isinstance(module, kind)
     }
+
+
+def _check_widths(name: str, module: nn.Module, attributes: dict[str, int], file: Any) -> None:
+    """Raises `ValueError` where the widths of a layer are not those of its saved weight, `file` being open."""
+    if file is None:
+        return
+    shape = file.get_slice(f"{name}.weight").get_shape()
+    sizes = {size * times for size in shape for times in (1, attributes.get("groups", getattr(module, "groups", 1)))}
+    wrong = [a for a, width in attributes.items() if a != "groups" and width not in sizes]
+    if wrong:
+        raise ValueError(
+            f"{SHRUNK_NAME}: {name}.{wrong[0]}={attributes[wrong[0]]} is no size of its saved weight {tuple(shape)}. "
+            "Shrink and save the model anew."
+        )
 
 
 def _resize(model: nn.Module, widths: dict[str, dict[str, int]], weights: Path) -> None:
@@ -138,6 +181,13 @@ def _resize(model: nn.Module, widths: dict[str, dict[str, int]], weights: Path) 
         saved = set(file.keys())
         for name, attributes in widths.items():
             module = modules[name]
+            allowed = {a for kind, own in WIDTHS.items() if isinstance(module, kind) for a in own}
+            if foreign := sorted(attributes.keys() - allowed):
+                raise ValueError(
+                    f"{weights.with_name(SHRUNK_NAME)}: widths of {name} has {foreign[0]}, which a "
+                    f"{type(module).__name__} has not. Shrink and save the model anew."
+                )
+            _check_widths(name, module, attributes, file if f"{name}.weight" in saved else None)
             for attribute, width in attributes.items():
                 setattr(module, attribute, width)
             for kind, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
