@@ -171,6 +171,19 @@ def test_a_filter_card_says_what_counts_and_what_stays_dense(tmp_path) -> None:
     assert (results["sparsity"]["num_prunable"], results["sparsity"]["num_in_layers"]) == (192, 288)
 
 
+def test_a_layer_tied_to_an_embedding_is_an_embedding_to_the_card(tmp_path) -> None:
+    model = tiny_t5()
+    trainer = make_trainer(tmp_path, model, translation_items())
+    trainer.train()
+    count = sum(weight.numel() for weight in matrices(model).values())
+    assert (trainer.results["sparsity"]["num_prunable"], trainer.results["sparsity"]["num_in_layers"]) == (
+        count,
+        count,
+    )
+    trainer.create_model_card()
+    assert f"(all {count:,} of linear and convolution layers)" in (tmp_path / "README.md").read_text()
+
+
 def test_every_matrix_that_stays_dense_has_its_reason(tmp_path) -> None:
     model = tiny_t5()
     model.extra = nn.Bilinear(2, 2, 2)

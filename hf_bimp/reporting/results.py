@@ -169,9 +169,9 @@ def sparsities(model: nn.Module, masks: Masks) -> dict[str, Any]:
     """
     zeros = {name: int((weight == 0).sum()) for name, weight in masks.weights.items()}
     parameters = list(model.parameters())
-    in_layers = {
-        id(w): w.numel() for m in model.modules() if isinstance(m, PRUNABLE_MODULES) if (w := weight_of(m)) is not None
-    }
+    layers = (weight_of(module) for module in model.modules() if isinstance(module, PRUNABLE_MODULES))
+    embeddings = {id(weight_of(module)) for module in model.modules() if isinstance(module, nn.Embedding)}
+    in_layers = {id(w): w.numel() for w in layers if w is not None and id(w) not in embeddings}  # tied ones once
     return {
         "prunable": sum(zeros.values()) / masks.num_weights,
         "all_parameters": sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters),
