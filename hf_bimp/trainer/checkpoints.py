@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from ..methods import Method
 from ..schedules.plan import Plan
 from ..storage import integrity, run_state
+from ..storage.disk import full_disk_named
 from ..storage.model_formats import out_of_wrappers, savable_state, weights_trainer_misses, write_config
 from .setup import RunSetup
 
@@ -74,14 +75,15 @@ class CheckpointHooks(_Base):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As `Trainer`'s: every saved folder, of checkpoints and of the final model, gets what loading it needs."""
         directory = output_dir or self.args.output_dir
-        if self.args.should_save:
-            run_state.forget_completion(directory)
-        super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:
-            if not isinstance(self.bare_model, PreTrainedModel):  # they have written theirs
-                write_config(self.bare_model, Path(directory))
-            if self._bimp_run is not None:
-                self._save_bimp_run(directory)
+        with full_disk_named(self.args.output_dir):
+            if self.args.should_save:
+                run_state.forget_completion(directory)
+            super().save_model(output_dir, *args, **kwargs)
+            if self.args.should_save:
+                if not isinstance(self.bare_model, PreTrainedModel):  # they have written theirs
+                    write_config(self.bare_model, Path(directory))
+                if self._bimp_run is not None:
+                    self._save_bimp_run(directory)
 
     # Private: without it modules under two names, tensors in other memory formats and compiled models cannot be saved.
     def _save(self, output_dir=None, state_dict=None):

@@ -18,6 +18,7 @@ from ..reporting.results import (
 )
 from ..reporting.throughput import Throughput
 from ..reproducibility import align_memory
+from ..storage.disk import check_folder, full_disk_named, remove_leftovers
 from ..storage.model_formats import let_trainer_configure
 from ..support import check_devices, check_model, check_optimizer, check_scheduler, check_sharding
 from .callbacks import PruningCallback, ReportingCallback
@@ -46,6 +47,9 @@ class BIMPMixin(FinishingHooks):
     def __init__(self, *args, **kwargs):
         let_trainer_configure(kwargs["model"] if "model" in kwargs else next(iter(args), None))
         self.throughput = Throughput()
+        arguments = kwargs["args"] if "args" in kwargs else next(iter(args[1:]), None)
+        if (folder := getattr(arguments, "output_dir", None)) is not None:
+            check_folder(folder)
         super().__init__(*args, **kwargs)
         # As it was given: other trainers map it, by functions that are not the same in every process.
         self._given_data = {id(self.train_dataset): kwargs.get("train_dataset", self.train_dataset)}
@@ -97,11 +101,17 @@ class BIMPMixin(FinishingHooks):
 
         At its end `bimp_results.json` and `bimp_run.png` are in the output directory and, unless
         `save_strategy="no"`, the model. Raises `ValueError` where the arguments, the model and a checkpoint to resume
-        from do not go together, before anything is trained or written.
+        from do not go together, and where nothing can be written to the output directory, before anything is trained
+        or written; `FullDiskError`, an `OSError`, where the disk is full.
         """
+        if self.args.should_save:
+            check_folder(self.args.output_dir, to_write=True)
         self._resumed_from = resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
+        if self.args.should_save:
+            remove_leftovers(self.args.output_dir)
         self._ignore_keys_around_pruning, self._bimp_trial = ignore_keys_for_eval, trial
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+        with full_disk_named(self.args.output_dir):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
