@@ -80,9 +80,9 @@ def export(
 ) -> ExportReport:
     """Writes `model` (shrunk or any other) to `directory` for another runtime, and measures what that is worth.
 
-    `model`: in evaluation mode; it is left as it is. Exported are its weights in float32, and its forward on
-        `example_inputs`: a tensor, a tuple or a dict of tensors, whose batch is also the one that latencies are measured
-        on. Labels in a dict are dropped (encoder-decoders get the `decoder_input_ids` that they make of them), and
+    `model`: in evaluation mode; it is left as it is. Its weights are exported in float32.
+    `example_inputs`: what its forward takes, as a tensor, a tuple or a dict of tensors; latencies are measured on this
+        batch. Labels in a dict are dropped (encoder-decoders get the `decoder_input_ids` that they make of them), and
         outputs are all tensors that the forward returns, without caches.
     `format`: "onnx" (default) writes `model.onnx`; "openvino" writes `openvino_model.xml` and `.bin`.
     `int8_calibration`: for "openvino", a data set, a DataLoader or another iterable of inputs (dicts, tuples, tensors;
@@ -99,7 +99,7 @@ def export(
     Latencies are those of `torch.get_num_threads()` threads.
 
     Raises `ValueError` for arguments that do not fit and models in training or with adapters, `ImportError` where the
-    packages of `hf_bimp[deploy]` are missing, and `RuntimeError` where torch cannot export the model, or outputs differ.
+    packages of `hf_bimp[deploy]` are missing, `RuntimeError` where torch cannot export the model or outputs differ.
 
         small = hf_bimp.shrink(trainer.model, example_inputs)
         report = hf_bimp.export(small, "deploy", example_inputs, "openvino", calibration_loader)

@@ -73,8 +73,8 @@ def read_example(model: nn.Module, inputs: Inputs) -> Example:
             f"{odd[0]} is a {type(constants[odd[0]]).__name__}" if odd else "there is no tensor with a batch in them"
         )
         raise ValueError(
-            f"example_inputs must be a tensor, a tuple or a dict of tensors (and numbers), but {what}. Give a batch of "
-            "one or more, such as next(iter(dataloader))."
+            f"example_inputs must be a tensor, a tuple or a dict of tensors (and numbers), but {what}. Give a batch, "
+            " such as next(iter(dataloader))."
         )
     return Example(tensors, constants, order, _axes(tensors))
 
@@ -197,8 +197,8 @@ class Batches:
             tensor = as_cpu(torch.as_tensor(value))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.name}: {name} is a {type(value).__name__}, which is no tensor ({error}). Transform or tokenize "
-                "the data first."
+                f"{self.name}: {name} is a {type(value).__name__}, which is no tensor ({error}). Transform or "
+                "tokenize the data first."
             ) from error
         tensor = tensor.to(example.dtype)
         tensor = tensor[None] if alone else tensor

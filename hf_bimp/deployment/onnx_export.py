@@ -26,7 +26,7 @@ Run = Callable[[Tensors], list[Tensor]]
 
 
 class TensorsOnly(nn.Module):
-    """A model's copy for exporters, on the CPU and in float32: tensors go in by their order, and only tensors come out.
+    """A model's copy for exporters, on the CPU and in float32: tensors go in by their order, tensors alone come out.
 
     Caches are turned off, and `attn_implementation`s that are not torch's own become eager; the given model is left
     as it is.
@@ -38,9 +38,9 @@ class TensorsOnly(nn.Module):
         if isinstance(self.model, PreTrainedModel):
             if self.model.config._attn_implementation not in ("sdpa", "eager"):
                 self.model.set_attn_implementation("eager")
-            for module in self.model.modules():
-                if hasattr(getattr(module, "config", None), "use_cache"):
-                    module.config.use_cache = False
+            for part in self.model.modules():
+                if isinstance(part, PreTrainedModel) and hasattr(part.config, "use_cache"):
+                    part.config.use_cache = False
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -104,9 +104,7 @@ def free_axes(model: TensorsOnly, example: Example) -> tuple[Example, dict[str, 
         try:
             model.run(example.resized(**{axis: size}))
         except Exception as error:  # any model's code
-            fixed[axis] = (
-                f"the model takes no other: {type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
-            )
+            fixed[axis] = f"the model takes no other: {_root(error)}"
     return example.without_axes(fixed), fixed
 
 
@@ -123,7 +121,7 @@ def export_onnx(model: TensorsOnly, example: Example, path: Path) -> tuple[Examp
     """
     lengths = [axis for axis in example.sizes if axis != "batch"]
     fixed: dict[str, str] = {}
-    reason, failed = "", RuntimeError()
+    reason, failed = "", Exception()
     for axes in [[], *([lengths] if lengths else []), *([["batch"]] if "batch" in example.sizes else [])]:
         example = example.without_axes(axes)
         fixed |= dict.fromkeys(axes, f"torch.onnx.export fails with a dynamic one: {reason}")
@@ -198,7 +196,7 @@ def compare(model: TensorsOnly, run: Run, example: Example, what: str, tolerance
         if not found <= tolerance:
             raise RuntimeError(
                 f"{what} and torch put out different things on {told}: outputs differ by {found:.1e} of their "
-                f"magnitude, where {tolerance:.0e} is allowed. Nothing was written; report the architecture to hf_bimp."
+                f"magnitude, where {tolerance:.0e} is allowed. Nothing was written; report the model to hf_bimp."
             )
         largest = max(largest, found)
     return largest

@@ -38,7 +38,7 @@ def deployment_section(deployment: Mapping[str, Any]) -> str:
 
 
 def write_into_card(directory: Path, deployment: Mapping[str, Any]) -> None:
-    """Puts the section into the model card in `directory`, in place of an older one; nothing where there is no card."""
+    """Puts the section into the model card in `directory`, in place of an older one, if there is a card."""
     path = directory / "README.md"
     if not path.is_file():
         return
