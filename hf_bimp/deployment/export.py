@@ -23,7 +23,7 @@ from .checks import check_export
 from .evaluation import Evaluation
 from .inputs import Batches, Example, Tensors, read_example
 from .latency import LatencyRow, measure, processor
-from .onnx_export import TOLERANCE, TensorsOnly, compare, export_onnx, free_axes
+from .onnx_export import TOLERANCE, TensorsOnly, compare, export_onnx, free_axes, of_library
 from .openvino_export import write_int8, write_openvino
 from .runtimes import OnnxRuntime, OpenVino, as_numpy
 
@@ -93,9 +93,10 @@ def export(
         iterable of dicts with labels, or of tuples whose last entry they are. Single items become batches of one.
 
     Any batch size, and any length of tokens, fits the exported model; where that is not possible a warning and the
-    report's `fixed` say why. Outputs are compared with torch's on the example, and at another batch size and length,
-    to 1e-4 of their largest magnitude. Nothing is in `directory` before all of it has succeeded. Where it holds
-    `bimp_results.json`, the report is added to it under "deployment", and to the model card beside it.
+    report's `fixed` say why. Outputs are compared with torch's on the example, at other batch sizes and another
+    length, to 1e-4 of their largest magnitude (not at padding, where nothing is attended to). Nothing is in `directory`
+    before all of it has succeeded. Where it holds `bimp_results.json`, the report is added to it under "deployment",
+    and to the model card beside it.
     Latencies are those of `torch.get_num_threads()` threads.
 
     Raises `ValueError` for arguments that do not fit and models in training or with adapters, `ImportError` where the
@@ -149,22 +150,25 @@ class _Exported:
     ):
         self.folder, self.format, self.source, self.threads = folder, format, source, torch.get_num_threads()
         self.int8_difference: float | None = None
+        self.runtimes: dict[str, OnnxRuntime] = {}
+        self.sizes: dict[str, int] = {}
         with tempfile.TemporaryDirectory() as scratch:
             onnx = (folder if format == "onnx" else Path(scratch)) / ONNX
             self.example, failed = export_onnx(source, example, onnx)
             self.fixed = fixed | failed
-            self.runtimes: dict[str, OnnxRuntime] = {"ONNX Runtime": OnnxRuntime(onnx, self.threads)}
-            self.sizes = {"ONNX Runtime": _bytes(onnx)}
-            self.max_difference = compare(source, self.runtimes["ONNX Runtime"], self.example, "ONNX Runtime")
+            self.max_difference = self._add("ONNX Runtime", OnnxRuntime, onnx)
             if format == "openvino":
-                write_openvino(onnx, folder / OPENVINO)
-                self.max_difference = max(self.max_difference, self._add("OpenVINO", OPENVINO, TOLERANCE))
+                with of_library("OpenVINO"):
+                    write_openvino(onnx, folder / OPENVINO)
+                self.max_difference = max(self.max_difference, self._add("OpenVINO", OpenVino, folder / OPENVINO))
         if calibration:
-            write_int8(folder / OPENVINO, folder / INT8, source, calibration)
-            self.int8_difference = self._add("OpenVINO int8", INT8, sys.float_info.max)
+            with of_library("nncf"):
+                write_int8(folder / OPENVINO, folder / INT8, source, calibration)
+            self.int8_difference = self._add("OpenVINO int8", OpenVino, folder / INT8, sys.float_info.max)
 
-    def _add(self, name: str, file: str, tolerance: float) -> float:
-        self.runtimes[name], self.sizes[name] = OpenVino(self.folder / file, self.threads), _bytes(self.folder / file)
+    def _add(self, name: str, runtime: type[OnnxRuntime], path: Path, tolerance: float = TOLERANCE) -> float:
+        with of_library(name):
+            self.runtimes[name], self.sizes[name] = runtime(path, self.threads), _bytes(path)
         return compare(self.source, self.runtimes[name], self.example, name, tolerance)
 
     def report(self, directory: Path, dense: TensorsOnly | None, evaluation: Evaluation | None) -> ExportReport:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ class TensorsOnly(nn.Module):
         super().__init__()
         self.model, self.example = cpu_copy(out_of_wrappers(model)), example
         if isinstance(self.model, PreTrainedModel):
-            if self.model.config._attn_implementation not in ("sdpa", "eager"):
+            if self.model.config._attn_implementation not in ("sdpa", "eager", None):
                 self.model.set_attn_implementation("eager")
             for part in self.model.modules():
                 if isinstance(part, PreTrainedModel) and hasattr(part.config, "use_cache"):
@@ -104,7 +105,7 @@ def free_axes(model: TensorsOnly, example: Example) -> tuple[Example, dict[str, 
         try:
             model.run(example.resized(**{axis: size}))
         except Exception as error:  # any model's code
-            fixed[axis] = f"the model takes no other: {_root(error)}"
+            fixed[axis] = f"the model takes no other: {first_cause(error)}"
     return example.without_axes(fixed), fixed
 
 
@@ -129,7 +130,7 @@ def export_onnx(model: TensorsOnly, example: Example, path: Path) -> tuple[Examp
             _export(model, example, path)
             return example, fixed
         except Exception as error:  # of the exporter, or any model's code
-            reason, failed = _root(error), error
+            reason, failed = first_cause(error), error
     raise RuntimeError(
         f"torch.onnx.export cannot export {type(model.model).__name__}: {reason} Change the model's code so that its "
         "path does not depend on the values of its inputs."
@@ -139,7 +140,7 @@ def export_onnx(model: TensorsOnly, example: Example, path: Path) -> tuple[Examp
 def _export(model: TensorsOnly, example: Example, path: Path) -> None:
     tensors = example.resized(**{axis: 2 if axis == "batch" else max(size, 2) for axis, size in example.sizes.items()})
     model.example = example
-    with quiet(), torch.no_grad():  # with gradients T5's attention is traced to a view that does not fit
+    with quiet(), _unprinted(), torch.no_grad():  # with gradients T5's attention is traced to a view that does not fit
         names = list(model.named(tensors))
         program = torch.onnx.export(
             model,
@@ -157,12 +158,28 @@ def _export(model: TensorsOnly, example: Example, path: Path) -> None:
         program.save(path)
 
 
-def _root(error: BaseException) -> str:
-    """The first line of the first cause, as exporters wrap errors into pages of advice."""
+@contextlib.contextmanager
+def _unprinted() -> Iterator[None]:
+    """torch prints whole graphs before it raises what is wrong with them."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def of_library(name: str, where: str = "") -> Iterator[None]:
+    """Raises `RuntimeError` that says which library could not work with the exported model."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"{name} cannot work with the exported model{where}: {first_cause(error)}") from error
+
+
+def first_cause(error: BaseException) -> str:
+    """The error that the others came from, cut short: exporters wrap errors into pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]:.300}"
+    text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("Exception from"))
+    return f"{type(error).__name__}: {text.strip():.300}"
 
 
 @torch.no_grad()
@@ -179,20 +196,27 @@ def difference(expected: list[Tensor], outputs: list[Tensor]) -> float:
     return largest
 
 
+def _without_padding(outputs: list[Tensor], tensors: Tensors) -> list[Tensor]:
+    """The outputs at what `attention_mask` has as tokens: what others attend to, nothing at all, is left open."""
+    mask = tensors.get("attention_mask")
+    if mask is None or mask.ndim != 2 or any(name.startswith("decoder_") for name in tensors):
+        return outputs
+    return [output[mask != 0] if output.shape[:2] == mask.shape else output for output in outputs]
+
+
 def compare(model: TensorsOnly, run: Run, example: Example, what: str, tolerance: float = TOLERANCE) -> float:
-    """The largest difference between the outputs of torch and `run`, on the example and at other sizes.
+    """The largest difference between the outputs of torch and `run`, on the example, at other sizes and of one row.
 
     Raises `RuntimeError` where it is over `tolerance`, or `run` does not take the other sizes.
     """
     largest = 0.0
-    for sizes in ({}, other_sizes(example)):
+    one_row = [{"batch": 1}] if "batch" in example.sizes else []  # exporters may take a row's dimension for none
+    for sizes in ({}, other_sizes(example), *one_row):
         tensors = example.resized(**sizes)
         told = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        try:
+        with of_library(what, f" on {told}"):
             outputs = run(tensors)
-        except Exception as error:  # of another library
-            raise RuntimeError(f"{what} does not run the exported model on {told}: {_root(error)}") from error
-        found = difference(model.run(tensors), outputs)
+        found = difference(*(_without_padding(each, tensors) for each in (model.run(tensors), outputs)))
         if not found <= tolerance:
             raise RuntimeError(
                 f"{what} and torch put out different things on {told}: outputs differ by {found:.1e} of their "
