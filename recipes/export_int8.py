@@ -1,7 +1,7 @@
 """Export what image_classification.py has trained to int8 for OpenVINO: accuracy before and after, and latencies.
 
-    python recipes/image_classification.py --granularity filter --target_sparsity 0.5  # digits, offline, under 2 minutes
-    python recipes/export_int8.py                                                       # half a minute
+    python recipes/image_classification.py --granularity filter --target_sparsity 0.5  # digits, offline: a minute
+    python recipes/export_int8.py                                                       # a quarter of one
 
 Takes the config file and the arguments of the training: `output_dir` is where the model is, and where its int8 files
 go. A model that was pruned by filters is shrunk first. Ranges are calibrated on training images; accuracies are those
@@ -15,7 +15,6 @@ import timm
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, set_seed
-from transformers.utils import logging
 
 import hf_bimp
 from hf_bimp.metrics import Accuracy
@@ -42,9 +41,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     results = read_results(folder)
     if results is None:
-        raise SystemExit(
-            f"{folder} has no model: train it first, with image_classification.py and the same arguments."
-        )
+        raise SystemExit(f"{folder} has no model: train it with image_classification.py and the same arguments.")
     model = load(folder, model_args)
     processor = None if model_args.timm_model else AutoImageProcessor.from_pretrained(folder)
     statistics = input_statistics(model_args, model, processor)
@@ -74,5 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
     main()

@@ -94,9 +94,8 @@ def export(
 
     Any batch size, and any length of tokens, fits the exported model; where that is not possible a warning and the
     report's `fixed` say why. Outputs are compared with torch's on the example, at other batch sizes and another
-    length, to 1e-4 of their largest magnitude (not at padding, where nothing is attended to). Nothing is in `directory`
-    before all of it has succeeded. Where it holds `bimp_results.json`, the report is added to it under "deployment",
-    and to the model card beside it.
+    length, to 1e-4 of their largest magnitude (but not at padding). Nothing is in `directory` before all of it has
+    succeeded. Where it holds `bimp_results.json`, the report is added to it under "deployment", and to the model card.
     Latencies are those of `torch.get_num_threads()` threads.
 
     Raises `ValueError` for arguments that do not fit and models in training or with adapters, `ImportError` where the

@@ -19,7 +19,7 @@ from ..storage.model_formats import out_of_wrappers
 from .inputs import Example, Tensors
 
 TOLERANCE = 1e-4  # largest difference of outputs that count as equal, relative to the largest magnitude of each
-TALKATIVE = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir", "nncf")
+TALKATIVE = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir", "nncf", "torch.utils")
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +84,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+            if each.level == python_logging.ERROR:  # else a library that was imported inside has set its own
+                each.setLevel(level)
 
 
 def free_axes(model: TensorsOnly, example: Example) -> tuple[Example, dict[str, str]]:

@@ -27,8 +27,9 @@ def write_int8(ir_path: Path, path: Path, model: nn.Module, calibration: list[Te
 
     `model` is what was exported: where it has attention, nncf keeps the parts in float that transformers need so.
     """
-    import nncf
-    import openvino
+    with quiet():
+        import nncf
+        import openvino
 
     has_attention = any("Attention" in type(module).__name__ for module in model.modules())
     with quiet(), _progress():
