@@ -319,6 +319,12 @@ def test_other_sizes_keep_masks_and_change_added_rows() -> None:
     assert torch.equal(example.resized()["input_ids"], ids)
 
 
+def test_what_compile_wrapped_is_exported(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3).eval()
+    report = hf_bimp.export(torch.compile(model), tmp_path, X)
+    assert report.inputs == {"input": ["batch", 4]}
+
+
 def test_difference_sees_shapes_and_nan() -> None:
     one = torch.tensor([1.0, 4.0])
     assert difference([one], [one]) == 0 and difference([one], [one + 1]) == pytest.approx(0.25)

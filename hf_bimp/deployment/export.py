@@ -19,6 +19,7 @@ from ..pruning.structured.tracing import Inputs
 from ..reporting.deployment_table import deployment_section, write_into_card
 from ..reporting.results import read_results, write_results
 from ..reproducibility import preserved_random_state
+from ..storage.model_formats import out_of_wrappers
 from .checks import check_export
 from .evaluation import Evaluation
 from .inputs import Batches, Example, Tensors, read_example
@@ -108,6 +109,7 @@ def export(
     directory = Path(directory).absolute()
     models = {"model": model} if dense_model is None else {"model": model, "dense_model": dense_model}
     check_export(models, directory, format, int8_calibration, eval_dataset, compute_metrics)
+    model = out_of_wrappers(model)
     example = read_example(model, example_inputs)
     with preserved_random_state():
         source = TensorsOnly(model, example)
@@ -151,7 +153,7 @@ class _Exported:
         self.int8_difference: float | None = None
         self.runtimes: dict[str, OnnxRuntime] = {}
         self.sizes: dict[str, int] = {}
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # gone before the others move
             onnx = (folder if format == "onnx" else Path(scratch)) / ONNX
             self.example, failed = export_onnx(source, example, onnx)
             self.fixed = fixed | failed
