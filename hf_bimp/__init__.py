@@ -1,6 +1,7 @@
 """Sparse models out of Hugging Face training scripts: iterative magnitude pruning in one training budget (BIMP)."""
 
 from .arguments import BIMPArguments, BIMPArgumentsMixin, BIMPSeq2SeqArguments
+from .deployment.export import ExportReport, export
 from .methods import (
     BIMPConfig,
     IterativeMagnitudePruning,
@@ -34,6 +35,7 @@ __all__ = [
     "Budget",
     "CrossEntropy",
     "DenseHistory",
+    "ExportReport",
     "IterativeMagnitudePruning",
     "LayerCollapseError",
     "LayerInfo",
@@ -43,6 +45,7 @@ __all__ = [
     "Pruning",
     "Run",
     "Traits",
+    "export",
     "find_prunable",
     "load_shrunk",
     "make_masks",

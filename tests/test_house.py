@@ -32,6 +32,7 @@ ORDER = [
     "support",
     "arguments",
     "reporting",
+    "deployment",
     "trainer",
     "__init__",
 ]

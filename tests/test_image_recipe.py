@@ -190,3 +190,16 @@ def test_a_column_or_split_that_is_not_there_is_named(folder) -> None:
     with pytest.raises(ValueError, match=r"validation_share=1 must lie in \(0, 1\)"):
         DataArguments(validation_share=1)
     assert isinstance(load_images(DataArguments()), DatasetDict)
+
+
+@pytest.mark.slow
+def test_a_model_pruned_by_filters_is_exported_to_int8(tmp_path) -> None:
+    arguments = [*TINY, "--granularity", "filter", "--target_sparsity", "0.5", "--output_dir", tmp_path]
+    output_of_recipe("image_classification.py", *arguments)
+    printed = output_of_recipe("export_int8.py", *arguments)
+    for row in ("dense torch", "shrunk torch", "OpenVINO int8", "accuracy", "openvino_model_int8.xml"):
+        assert row in printed
+    results = json.loads((tmp_path / "bimp_results.json").read_text())
+    before = results["deployment"]["metrics_before"]["accuracy"]
+    assert before == pytest.approx(results["test"]["accuracy"])
+    assert "## Deployment" in (tmp_path / "README.md").read_text()

@@ -47,6 +47,16 @@ def test_step_overhead_measures_every_run():
     assert table[2][1] == "50.00" and 85 < float(table[3][1]) < 95
 
 
+@pytest.mark.slow
+def test_export_latency_tells_every_runtime():
+    output = output_of_recipe(
+        "benchmarks/export_latency.py", "--model", "cifar_resnet20", "--batch_size", "2", "--size", "16"
+    )
+    rows = re.findall(r"^\| ([\w ]+) \| [\d.]+ ms \| ([\d.]+) \| ([\d.]+) MB \|$", output, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["dense torch", "shrunk torch", "ONNX Runtime", "OpenVINO", "OpenVINO int8"]
+    assert float(rows[0][2]) > 3 * float(rows[1][2])
+
+
 def throughputs(*arguments: str) -> list[str]:
     """The methods whose throughput is told."""
     output = output_of_recipe("benchmarks/method_throughput.py", "--steps", "2", *arguments)

@@ -1,6 +1,5 @@
 """The model card of a pruned model: how sparse it is, how it was pruned, how good it is, how to load it."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from transformers import PreTrainedModel
 
 from ..arguments import BIMPArgumentsMixin
 from ..storage.model_formats import is_own, library_of, loading_code
+from .deployment_table import TITLE, deployment_section
+from .markdown import escaped, shown, table
 from .plots import LAYERS_PLOT_NAME
 from .results import MOST_ROWS, is_number
 
@@ -152,6 +153,7 @@ def _sections(source: CardSource) -> list[str]:
         *("## Results", _metrics_table(results)),
         *("## How it was pruned", _plan_rows(results)),
         *("## Measures", _measures(results)),
+        *((TITLE, deployment) if (deployment := deployment_section(results.get("deployment", {}))) else ()),
         *sections,
         "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one."
         + _shrinking(source.args),
@@ -175,14 +177,14 @@ def _measures(results: dict) -> str:
     ]
     layers = [[name, f"{share:.2%}"] for name, share in results["sparsity"]["per_layer"].items()]
     details = (
-        f"<details><summary>Sparsity of each layer</summary>\n\n{_table(['weight', 'sparsity'], layers)}\n\n</details>"
+        f"<details><summary>Sparsity of each layer</summary>\n\n{table(['weight', 'sparsity'], layers)}\n\n</details>"
     )
-    parts = [_table(["measure", "value"], rows), f"![Sparsity of each layer]({LAYERS_PLOT_NAME})", details]
+    parts = [table(["measure", "value"], rows), f"![Sparsity of each layer]({LAYERS_PLOT_NAME})", details]
     if results["stays_dense"]:
         dense = [[name, reason] for name, reason in results["stays_dense"].items()]
         parts.append(
             "<details><summary>Weight matrices that stay dense</summary>\n\nEmbeddings aside.\n\n"
-            f"{_table(['weight', 'why'], dense)}\n\n</details>"
+            f"{table(['weight', 'why'], dense)}\n\n</details>"
         )
     return "\n\n".join(parts)
 
@@ -193,27 +195,12 @@ def _shrinking(args: BIMPArgumentsMixin) -> str:
     return " `hf_bimp.shrink(model, example_inputs)` removes its zero filters and gives a smaller dense model."
 
 
-def _table(header: list[str], rows: list[list]) -> str:
-    lines = [map(escaped, header), ["---"] * len(header), *(map(escaped, row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def escaped(text: Any) -> str:
-    """What comes from outside (names of metrics, layers, folders), as plain text on one line of Markdown."""
-    plain = " ".join(str(text).split())
-    return re.sub(r"([\\`\[\]<>|])", r"\\\1", plain)
-
-
 def _metrics_table(results: dict) -> str:
     dense, sparse = results["dense"], f"{results['sparsity']['prunable']:.2%} sparse"
     if not dense:
-        return _table(["metric", sparse], [[m, _shown(value)] for m, value in results["final"].items()])
-    rows = [[m, _shown(dense.get(m, "-")), _shown(value)] for m, value in results["final"].items()]
-    return _table(["metric", "dense", sparse], rows)
-
-
-def _shown(value: Any) -> str:
-    return f"{float(value):.4g}" if is_number(value) else str(value)
+        return table(["metric", sparse], [[m, shown(value)] for m, value in results["final"].items()])
+    rows = [[m, shown(dense.get(m, "-")), shown(value)] for m, value in results["final"].items()]
+    return table(["metric", "dense", sparse], rows)
 
 
 def _plan_rows(results: dict) -> str:
@@ -234,7 +221,7 @@ def _plan_rows(results: dict) -> str:
     ]
     if len(rows) > MOST_ROWS:
         rows[4:-3] = [["..."] * len(header)]
-    return f"{results['plan']['total_steps']} optimizer steps in all.\n\n" + _table(header, rows)
+    return f"{results['plan']['total_steps']} optimizer steps in all.\n\n" + table(header, rows)
 
 
 def _hyperparameters(args: BIMPArgumentsMixin, results: dict) -> str:
@@ -247,4 +234,4 @@ def _hyperparameters(args: BIMPArgumentsMixin, results: dict) -> str:
         ["seed", args.seed],
         *([f"{name} version", number] for name, number in results["versions"].items()),
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)

@@ -1,5 +1,6 @@
 """What a run did, read off its log: the plan table and `bimp_results.json`."""
 
+import json
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -204,3 +205,17 @@ def main_metric(chosen: str | None, metrics: dict[str, float]) -> str | None:
 
 def write_results(directory: str, results: dict) -> None:
     write_json(Path(directory) / RESULTS_NAME, results)
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """What a run wrote to `directory`; None where there is no such file. Raises `ValueError` where it is damaged."""
+    path = directory / RESULTS_NAME
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Move it away or restore it.") from error
+    if not isinstance(results, dict) or not isinstance(results.get("deployment", {}), dict):
+        raise ValueError(f"{path} holds no results of a run. Move it away or restore it.")
+    return results

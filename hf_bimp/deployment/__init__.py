@@ -1,0 +1,1 @@
+"""What the zeros buy: small files, faster inference and exports."""

@@ -1,0 +1,55 @@
+"""What an export is worth, as Markdown: latencies, sizes and metrics, for the log and for the model card."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from .markdown import escaped, shown, table
+
+TITLE = "## Deployment"
+
+
+def deployment_section(deployment: Mapping[str, Any]) -> str:
+    """The entry "deployment" of `bimp_results.json` as Markdown; empty where nothing was exported."""
+    if "latency" not in deployment:
+        return ""
+    rows = [
+        [row["name"], f"{row['milliseconds']:.4g} ms", f"{row['speedup']:.2f}", f"{row['bytes'] / 1e6:.2f} MB"]
+        for row in deployment["latency"]
+    ]
+    batch = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in deployment["example"].items())
+    where = f"{deployment['processor']}, {deployment['threads']} thread{'s' * (deployment['threads'] != 1)}"
+    told = f"Medians of calls that take turns, with {escaped(batch)}, on {escaped(where)}, in float32 except for int8."
+    parts = [told, table(["", "latency", "speedup", "size"], rows)]
+    before, after = deployment["metrics_before"], deployment["metrics_after"]
+    if before:
+        metrics = [[name, shown(value), shown(after.get(name, "-"))] for name, value in before.items()]
+        parts.append(table(["metric", "torch", rows[-1][0]], metrics))
+    equal = f"Outputs differ from torch's by at most {deployment['max_difference']:.1e} of their magnitude"
+    if deployment["int8_difference"] is not None:
+        equal += f"; in int8 by {deployment['int8_difference']:.1e}"
+    parts.append(equal + ".")
+    if deployment["fixed"]:
+        fixed = [[name, reason] for name, reason in deployment["fixed"].items()]
+        parts.append("Not dynamic:\n\n" + table(["size", "why"], fixed))
+    return "\n\n".join(parts)
+
+
+def write_into_card(directory: Path, deployment: Mapping[str, Any]) -> None:
+    """Puts the section into the model card in `directory`, in place of an older one, if there is a card."""
+    path = directory / "README.md"
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    before, _, rest = card.text.partition(f"\n{TITLE}\n")
+    _, _, after = rest.partition("\n## ")
+    after = f"\n\n## {after.rstrip()}" if after else ""
+    card.text = f"{before.rstrip()}\n\n{TITLE}\n\n{deployment_section(deployment)}{after}\n"
+    part = path.with_name(path.name + ".part")
+    try:
+        card.save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
