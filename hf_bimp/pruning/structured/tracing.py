@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch_pruning.ops import OPTYPE
 from transformers.pytorch_utils import Conv1D
 
 from ..layers import PRUNABLE_MODULES, weight_of
+from .filters import FilterGroup, Rows, out_dim
 
 Inputs = Tensor | tuple | Mapping
 Items = dict[tuple[Node, str], dict[int, list[int]]]  # node and its side, "out" or "in": channel: its places there
@@ -35,34 +35,8 @@ OTHERS = {
     OPTYPE.EXPAND: "an expand",
     OPTYPE.SLICE: "a slice",
 }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the channels of a group lie in parameter `name`: channel c at `index[c]` along `dim`.
-
-    `dim` is 0, but 1 for transposed convolutions and Transformers' `Conv1D`. `index` is int64, (size,), or (size, r)
-    where a channel takes r places.
-    """
-
-    name: str
-    dim: int
-    index: Tensor
-
-
-@dataclass(frozen=True)
-class FilterGroup:
-    """`size` output channels that several layers share, so that each can only be removed from all of them at once.
-
-    `weights`: those of the linear and convolution layers that produce the channels. `attached`: their biases, and
-    weight and bias of the batch norms on them. `readers`: weights of the layers that take the channels as inputs,
-    whose columns go when the model shrinks.
-    """
-
-    size: int
-    weights: tuple[Rows, ...]
-    attached: tuple[Rows, ...]
-    readers: tuple[Rows, ...] = ()
+RESIDUAL_STREAM = "its filters are the residual stream, whose width embeddings and normalisation layers fix"
+NORMS_AND_EMBEDDINGS = (OPTYPE.LN, OPTYPE.EMBED, OPTYPE.PARAMETER, OPTYPE.EXPAND)  # an expand: a class token's
 
 
 class _Conv1DPruner(tp.BasePruningFunc):
@@ -165,6 +139,14 @@ def _is_layer(node: Node) -> bool:
     return isinstance(node.module, PRUNABLE_MODULES)
 
 
+def _is_residual_stream(items: Items) -> bool:
+    """Whether outputs of several layers (or an embedding's) are added up, and normalised or embedded as a whole."""
+    nodes = {node for node, side in items if side == "out"}
+    sources = [node for node in nodes if _is_layer(node) or node.type == OPTYPE.EMBED]
+    is_sum = any(type(node.grad_fn).__name__.startswith("AddBackward") for node in nodes)
+    return is_sum and len(sources) > 1 and any(node.type in NORMS_AND_EMBEDDINGS for node in nodes)
+
+
 class _Graph:
     """torch-pruning's dependency graph, and what of it ends in the outputs."""
 
@@ -226,6 +208,8 @@ class _Graph:
 
     def read(self, layer: nn.Module, items: Items) -> FilterGroup:
         """The group of all output channels of `layer`, given its `expand`. Raises `_StaysDense` with the reason."""
+        if _is_residual_stream(items):
+            raise _StaysDense(RESIDUAL_STREAM)
         for node, side in items:
             self._check_node(node, side)
         if any(self._is_lost([place for found in places.values() for place in found]) for places in items.values()):
@@ -237,9 +221,9 @@ class _Graph:
         for (node, side), places in items.items():
             module = node.module
             if _is_layer(node) and side == "in":
-                readers.append(self._rows(module.weight, 1 - _out_dim(module), places, size))
+                readers.append(self._rows(module.weight, 1 - out_dim(module), places, size))
             elif _is_layer(node):
-                weights.append(self._rows(module.weight, _out_dim(module), places, size, whole=True))
+                weights.append(self._rows(module.weight, out_dim(module), places, size, whole=True))
                 if module.bias is not None:
                     attached.append(self._rows(module.bias, 0, places, size))
             elif isinstance(module, _BatchNorm):
@@ -282,13 +266,6 @@ class _Graph:
             raise _StaysDense(f"its filters do not correspond one to one to those of {name}")
         index = torch.tensor([places[channel] for channel in range(size)])
         return Rows(name, dim, index.flatten() if counts == {1} else index)
-
-
-def _out_dim(layer: nn.Module) -> int:
-    """The dimension of the weight that indexes outputs."""
-    if isinstance(layer, _ConvNd):
-        return int(layer.transposed and layer.groups == 1)
-    return int(isinstance(layer, Conv1D))
 
 
 def _keeps_channels(view: Any) -> bool:

@@ -1,0 +1,194 @@
+"""Attention heads: where they lie in the projections of a model's attention modules, and how many there are left."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .filters import Attention, FilterGroup, Rows, out_dim
+
+# Names of the query, key, value and output layers. Those of one name are one layer, with its parts in this order.
+LAYOUTS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, ViT, Swin
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # BART, CLIP
+    ("q", "k", "v", "o"),  # T5
+    ("self.query", "self.key", "self.value", "output.dense"),  # BERT
+    ("query", "key", "value", "dense"),  # ALBERT
+    ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
+    ("q_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2, over an encoder's states
+    ("c_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2
+    ("qkv", "qkv", "qkv", "proj"),  # timm
+)
+TABLES = re.compile(r"(^|\.)(relative_attention_bias\.weight|relative_position_bias_table)$")  # (positions, heads)
+
+# What the modules' code calls the units of a head, the number of heads, and the units of all.
+HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+HEADS = ("num_heads", "n_heads", "num_attention_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+UNITS = ("inner_dim", "all_head_size", "attn_dim", "split_size")
+
+
+def find_attentions(model: nn.Module) -> list[Attention]:
+    """The attention modules of a known layout, in their order. Whether their code does as it should is not checked."""
+    found: dict[str, Attention] = {}
+    for name, module in model.named_modules():
+        for layout in LAYOUTS:
+            layers = [_submodule(module, path) for path in layout]
+            if all(isinstance(layer, (nn.Linear, Conv1D)) for layer in layers):
+                paths = [f"{name}.{path}" if name else path for path in layout]
+                attention = _attention(model, paths)
+                if attention is not None:
+                    found.setdefault(attention.name, attention)
+                break
+    return list(found.values())
+
+
+def head_groups(
+    model: nn.Module, prunable: Collection[str], shared: Collection[int], taken: Collection[str]
+) -> tuple[list[FilterGroup], dict[str, str]]:
+    """A group for the heads of each attention module, and why each other projection in one stays dense.
+
+    Modules that share one position bias (all of a stack of T5) are one group: their heads go at equal indices. No
+    projection in `taken` loses rows, and none that is not in `prunable` or whose id is in `shared` anything.
+    """
+    parameters = dict(model.named_parameters())
+    groups, dense = [], {}
+    for attentions in _coupled(model, find_attentions(model)):
+        inner = [rows.name for attention in attentions for rows in attention.projections]
+        names = inner + [attention.output.name for attention in attentions]
+        tied = [name for name in names if id(parameters.get(name)) in shared]
+        kept = [name for name in names if name not in prunable]
+        if len(sizes := {attention.size for attention in attentions}) > 1 or set(inner) & set(taken):
+            continue
+        if tied or kept:
+            reason = f"{tied[0]} is tied, shared by several layers" if tied else f"{kept[0]} is not pruned"
+            dense |= dict.fromkeys(names, f"its attention heads stay, as {reason}")
+        elif sizes == {1}:
+            dense |= dict.fromkeys(names, "it has a single attention head, or a single one of keys and values")
+        else:
+            groups.append(_group(attentions, taken))
+    return groups, dense
+
+
+def fit_heads(model: nn.Module, attention: Attention) -> None:
+    """Tells the code of an attention module, described as it was before, of the heads that its layers have now.
+
+    Position biases that have more columns become empty ones. Raises `ValueError` where layers do not go together.
+    """
+    module = model.get_submodule(attention.name)
+    units, rest = divmod(_width(model, attention.output), attention.queries * attention.head_dim)
+    rows = sum(_width(model, projection) for projection in attention.projections)
+    if rest or not units or rows != units * (attention.queries + 2) * attention.head_dim:
+        raise ValueError(
+            f"{attention.name} has {rows} rows of queries, keys and values over an output projection of "
+            f"{_width(model, attention.output)} columns, which are no whole heads of {attention.head_dim}."
+        )
+    heads = units * attention.queries
+    numbers = dict.fromkeys(HEADS, heads) | dict.fromkeys(KEY_VALUE_HEADS, units)
+    for name, number in (numbers | dict.fromkeys(UNITS, heads * attention.head_dim)).items():
+        if name in vars(module):
+            setattr(module, name, number)
+    for table in attention.tables:
+        owner, _, kind = table.name.rpartition(".")
+        holder, parameter = model.get_submodule(owner), model.get_parameter(table.name)
+        if parameter.shape[1] != heads:
+            setattr(holder, kind, nn.Parameter(parameter.new_empty(len(parameter), heads), parameter.requires_grad))
+        if isinstance(holder, nn.Embedding):
+            holder.embedding_dim = heads
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        found = module._modules.get(name)
+        if found is None:
+            return None
+        module = found
+    return module
+
+
+def _width(model: nn.Module, rows: Rows) -> int:
+    return model.get_parameter(rows.name).shape[rows.dim]
+
+
+def _attention(model: nn.Module, layers: list[str]) -> Attention | None:
+    """None where the numbers that the module gives are not those of its layers."""
+    name, output = layers[0].rpartition(".")[0], layers[3]
+    own = vars(model.get_submodule(name))
+    modules = {layer: model.get_submodule(layer) for layer in layers}
+    if any("weight" not in module._parameters for module in modules.values()):
+        return None  # computed, by weight norm
+    widths = {layer: modules[layer].weight.shape[out_dim(modules[layer])] for layer in layers[:3]}
+    columns = modules[output].weight.shape[1 - out_dim(modules[output])]
+    counts = [own[key] for key in HEADS if own.get(key)]
+    dims = [own[key] for key in HEAD_DIM if own.get(key)] or [columns // count for count in counts]
+    head_dim = dims[0] if dims else 0
+    heads = columns // head_dim if head_dim else 0
+    units = (sum(widths.values()) // head_dim - heads) // 2 if heads else 0
+    if units < 1 or heads % units:
+        return None
+    expected = dict.fromkeys(HEADS, heads) | dict.fromkeys(KEY_VALUE_HEADS, units)
+    expected |= dict.fromkeys(UNITS, heads * head_dim)
+    if columns != heads * head_dim or any(own.get(key, number) != number for key, number in expected.items()):
+        return None
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    filled: Counter[str] = Counter()
+    for layer, places in zip(layers, (heads // units * head_dim, head_dim, head_dim), strict=False):
+        parts[layer].append(filled[layer] + torch.arange(units * places).view(units, places))
+        filled[layer] += units * places
+    if filled != widths:
+        return None
+
+    def rows(layer: str, index: Tensor) -> list[Rows]:
+        """Those of the weight, and of the bias where there is one."""
+        weight = Rows(f"{layer}.weight", out_dim(modules[layer]), index)
+        return [weight] if modules[layer].bias is None else [weight, Rows(f"{layer}.bias", 0, index)]
+
+    projections = [rows(layer, torch.cat(index, 1)) for layer, index in parts.items()]
+    return Attention(
+        name,
+        head_dim,
+        heads // units,
+        tuple(first for first, *_ in projections),
+        tuple(bias for _, *rest in projections for bias in rest),
+        tuple(rows(layers[2], parts[layers[2]][-1])),
+        Rows(f"{output}.weight", 1 - out_dim(modules[output]), torch.arange(columns).view(units, -1)),
+        tuple(_tables(model, name, units, heads)),
+    )
+
+
+def _tables(model: nn.Module, name: str, units: int, heads: int) -> Iterator[Rows]:
+    for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
+        if TABLES.search(key) and parameter.ndim == 2 and parameter.shape[1] == heads:
+            yield Rows(key, 1, torch.arange(heads).view(units, -1))
+
+
+def _coupled(model: nn.Module, attentions: list[Attention]) -> Iterator[list[Attention]]:
+    """The attention modules, together where their heads cannot go at different indices.
+
+    Of a stack of T5 the first module computes the position bias (zeros over an encoder's states) that all others add
+    to their scores, head by head.
+    """
+    stacks: dict[str, list[Attention]] = defaultdict(list)
+    for attention in attentions:
+        stacks[re.sub(r"\d+", "*", attention.name)].append(attention)
+    for stack in stacks.values():
+        modules = [model.get_submodule(attention.name) for attention in stack]
+        if all(getattr(module, "has_relative_attention_bias", True) for module in modules):
+            yield from [[attention] for attention in stack]
+        else:
+            yield stack
+
+
+def _group(attentions: list[Attention], taken: Collection[str]) -> FilterGroup:
+    outputs = [attention.output for attention in attentions]
+    weights = [rows for attention in attentions for rows in attention.projections]
+    # Where the rows of an output projection are filters of another group, its columns are not counted a second time.
+    weights += [rows for rows in outputs if rows.name not in taken]
+    readers = [rows for rows in outputs if rows.name in taken]
+    readers += [rows for attention in attentions for rows in attention.tables]
+    biases = [rows for attention in attentions for rows in attention.biases]
+    ordered = (tuple(sorted(rows, key=lambda r: r.name)) for rows in (weights, biases, readers))
+    return FilterGroup(attentions[0].size, *ordered, tuple(attentions))
