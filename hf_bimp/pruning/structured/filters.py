@@ -1,5 +1,6 @@
 """What a group of filters is: where its channels lie in a model's parameters."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -69,3 +70,7 @@ def out_dim(layer: nn.Module) -> int:
     if isinstance(layer, _ConvNd):
         return int(layer.transposed and layer.groups == 1)
     return int(isinstance(layer, Conv1D))
+
+
+def by_name(rows: Iterable[Rows]) -> tuple[Rows, ...]:
+    return tuple(sorted(rows, key=lambda r: r.name))

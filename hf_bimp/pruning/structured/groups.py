@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -41,7 +42,8 @@ def find_filter_groups(
             groups, dense = trace_groups(traced, inputs, prunable, shared)
             heads, stay = head_groups(traced, prunable, shared, _weights_of(groups))
             sound = _sound_groups(traced, inputs, groups, heads)
-            problem = "taking channels out changes the outputs" if groups and not sound else ""
+            lost = groups and _weights_of(groups).isdisjoint(_weights_of(sound))
+            problem = "taking channels out changes the outputs" if lost else ""
         except Exception as error:  # torch-pruning raises all kinds on what it does not know
             problem = f"{type(error).__name__}: {error}"
         if problem:
@@ -64,10 +66,9 @@ def find_filter_groups(
 
 
 def _without_cache(model: nn.Module) -> None:
-    """Keys and values kept for the next token are concatenated, which torch-pruning does not know of GPT-2."""
-    config = getattr(model, "config", None)
-    if getattr(config, "use_cache", False) is True:
-        config.use_cache = False
+    """Lets the model keep no keys and values for a next token: torch-pruning cannot follow them in GPT-2."""
+    if isinstance(model, PreTrainedModel) and getattr(model.config, "use_cache", False):
+        model.config.use_cache = False
 
 
 def _weights_of(groups: list[FilterGroup]) -> set[str]:

@@ -1,14 +1,17 @@
 """Attention heads: where they lie in the projections of a model's attention modules, and how many there are left."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .filters import Attention, FilterGroup, Rows, out_dim
+from ..layers import weight_of
+from .filters import Attention, FilterGroup, Rows, by_name, out_dim
 
 # Names of the query, key, value and output layers. Those of one name are one layer, with its parts in this order.
 LAYOUTS = (
@@ -31,16 +34,38 @@ KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 UNITS = ("inner_dim", "all_head_size", "attn_dim", "split_size")
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer: the sizes of its weight, and the dimension of it that counts outputs."""
+
+    name: str
+    rows: int
+    columns: int
+    dim: int
+    has_bias: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> "_Layer":
+        layer = model.get_submodule(name)
+        shape, dim = model.get_parameter(f"{name}.weight").shape, out_dim(layer)
+        return cls(name, shape[dim], shape[1 - dim], dim, layer.bias is not None)
+
+    def weight_rows(self, index: Tensor) -> Rows:
+        return Rows(f"{self.name}.weight", self.dim, index)
+
+    def bias_rows(self, index: Tensor) -> list[Rows]:
+        return [Rows(f"{self.name}.bias", 0, index)] if self.has_bias else []
+
+
 def find_attentions(model: nn.Module) -> list[Attention]:
     """The attention modules of a known layout, in their order. Whether their code does as it should is not checked."""
     found: dict[str, Attention] = {}
     for name, module in model.named_modules():
         for layout in LAYOUTS:
             layers = [_submodule(module, path) for path in layout]
-            if all(isinstance(layer, (nn.Linear, Conv1D)) for layer in layers):
+            if all(isinstance(layer, (nn.Linear, Conv1D)) and weight_of(layer) is not None for layer in layers):
                 paths = [f"{name}.{path}" if name else path for path in layout]
-                attention = _attention(model, paths)
-                if attention is not None:
+                if (attention := _attention(model, paths)) is not None:
                     found.setdefault(attention.name, attention)
                 break
     return list(found.values())
@@ -55,7 +80,8 @@ def head_groups(
     projection in `taken` loses rows, and none that is not in `prunable` or whose id is in `shared` anything.
     """
     parameters = dict(model.named_parameters())
-    groups, dense = [], {}
+    groups: list[FilterGroup] = []
+    dense: dict[str, str] = {}
     for attentions in _coupled(model, find_attentions(model)):
         inner = [rows.name for attention in attentions for rows in attention.projections]
         names = inner + [attention.output.name for attention in attentions]
@@ -113,50 +139,46 @@ def _width(model: nn.Module, rows: Rows) -> int:
     return model.get_parameter(rows.name).shape[rows.dim]
 
 
-def _attention(model: nn.Module, layers: list[str]) -> Attention | None:
-    """None where the numbers that the module gives are not those of its layers."""
-    name, output = layers[0].rpartition(".")[0], layers[3]
-    own = vars(model.get_submodule(name))
-    modules = {layer: model.get_submodule(layer) for layer in layers}
-    if any("weight" not in module._parameters for module in modules.values()):
-        return None  # computed, by weight norm
-    widths = {layer: modules[layer].weight.shape[out_dim(modules[layer])] for layer in layers[:3]}
-    columns = modules[output].weight.shape[1 - out_dim(modules[output])]
-    counts = [own[key] for key in HEADS if own.get(key)]
-    dims = [own[key] for key in HEAD_DIM if own.get(key)] or [columns // count for count in counts]
-    head_dim = dims[0] if dims else 0
-    heads = columns // head_dim if head_dim else 0
-    units = (sum(widths.values()) // head_dim - heads) // 2 if heads else 0
-    if units < 1 or heads % units:
+def _attention(model: nn.Module, names: list[str]) -> Attention | None:
+    """That of the layers `names`; None where the numbers that the module gives are not those of its layers."""
+    name, layers = names[0].rpartition(".")[0], [_Layer.of(model, layer) for layer in names]
+    counted = _counts(vars(model.get_submodule(name)), layers)
+    if counted is None:
         return None
-    expected = dict.fromkeys(HEADS, heads) | dict.fromkeys(KEY_VALUE_HEADS, units)
-    expected |= dict.fromkeys(UNITS, heads * head_dim)
-    if columns != heads * head_dim or any(own.get(key, number) != number for key, number in expected.items()):
+    units, queries, head_dim = counted
+    parts: dict[_Layer, list[Tensor]] = defaultdict(list)
+    for layer, places in zip(layers, (queries * head_dim, head_dim, head_dim), strict=False):
+        start = sum(index.numel() for index in parts[layer])
+        parts[layer].append(start + torch.arange(units * places).view(units, places))
+    if any(layer.rows != sum(index.numel() for index in found) for layer, found in parts.items()):
         return None
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    filled: Counter[str] = Counter()
-    for layer, places in zip(layers, (heads // units * head_dim, head_dim, head_dim), strict=False):
-        parts[layer].append(filled[layer] + torch.arange(units * places).view(units, places))
-        filled[layer] += units * places
-    if filled != widths:
-        return None
-
-    def rows(layer: str, index: Tensor) -> list[Rows]:
-        """Those of the weight, and of the bias where there is one."""
-        weight = Rows(f"{layer}.weight", out_dim(modules[layer]), index)
-        return [weight] if modules[layer].bias is None else [weight, Rows(f"{layer}.bias", 0, index)]
-
-    projections = [rows(layer, torch.cat(index, 1)) for layer, index in parts.items()]
+    whole = {layer: torch.cat(found, 1) for layer, found in parts.items()}
+    value, output = layers[2], layers[3]
     return Attention(
         name,
         head_dim,
-        heads // units,
-        tuple(first for first, *_ in projections),
-        tuple(bias for _, *rest in projections for bias in rest),
-        tuple(rows(layers[2], parts[layers[2]][-1])),
-        Rows(f"{output}.weight", 1 - out_dim(modules[output]), torch.arange(columns).view(units, -1)),
-        tuple(_tables(model, name, units, heads)),
+        queries,
+        tuple(layer.weight_rows(index) for layer, index in whole.items()),
+        tuple(rows for layer, index in whole.items() for rows in layer.bias_rows(index)),
+        (value.weight_rows(parts[value][-1]), *value.bias_rows(parts[value][-1])),
+        Rows(f"{output.name}.weight", 1 - output.dim, torch.arange(output.columns).view(units, -1)),
+        tuple(_tables(model, name, units, units * queries)),
     )
+
+
+def _counts(own: dict[str, Any], layers: list[_Layer]) -> tuple[int, int, int] | None:
+    """Key-value heads, queries that read each, and units of a head, given an attention module's own attributes."""
+    columns, rows = layers[3].columns, sum(layer.rows for layer in set(layers[:3]))
+    dims = [own[key] for key in HEAD_DIM if own.get(key)]
+    dims = dims or [columns // own[key] for key in HEADS if own.get(key)]
+    if not dims or columns % dims[0] or not (heads := columns // dims[0]):
+        return None
+    units = (rows // dims[0] - heads) // 2  # what is left beside the queries is half keys, half values
+    if units < 1 or heads % units:
+        return None
+    expected = dict.fromkeys(HEADS, heads) | dict.fromkeys(KEY_VALUE_HEADS, units) | dict.fromkeys(UNITS, columns)
+    is_known = all(own.get(key, number) == number for key, number in expected.items())
+    return (units, heads // units, dims[0]) if is_known else None
 
 
 def _tables(model: nn.Module, name: str, units: int, heads: int) -> Iterator[Rows]:
@@ -190,5 +212,4 @@ def _group(attentions: list[Attention], taken: Collection[str]) -> FilterGroup:
     readers = [rows for rows in outputs if rows.name in taken]
     readers += [rows for attention in attentions for rows in attention.tables]
     biases = [rows for attention in attentions for rows in attention.biases]
-    ordered = (tuple(sorted(rows, key=lambda r: r.name)) for rows in (weights, biases, readers))
-    return FilterGroup(attentions[0].size, *ordered, tuple(attentions))
+    return FilterGroup(attentions[0].size, by_name(weights), by_name(biases), by_name(readers), tuple(attentions))

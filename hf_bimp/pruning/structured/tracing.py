@@ -16,7 +16,7 @@ from torch_pruning.ops import OPTYPE
 from transformers.pytorch_utils import Conv1D
 
 from ..layers import PRUNABLE_MODULES, weight_of
-from .filters import FilterGroup, Rows, out_dim
+from .filters import FilterGroup, Rows, by_name, out_dim
 
 Inputs = Tensor | tuple | Mapping
 Items = dict[tuple[Node, str], dict[int, list[int]]]  # node and its side, "out" or "in": channel: its places there
@@ -231,7 +231,7 @@ class _Graph:
         kept = sorted(rows.name for rows in weights if rows.name not in self.prunable)
         if kept:
             raise _StaysDense(f"its filters are coupled with those of {kept[0]}, which is not pruned")
-        return FilterGroup(size, *(tuple(sorted(rows, key=lambda r: r.name)) for rows in (weights, attached, readers)))
+        return FilterGroup(size, by_name(weights), by_name(attached), by_name(readers))
 
     def _check_node(self, node: Node, side: str) -> None:
         module = node.module
