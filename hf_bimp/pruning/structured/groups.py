@@ -67,8 +67,9 @@ def find_filter_groups(
 
 def _without_cache(model: nn.Module) -> None:
     """Lets the model keep no keys and values for a next token: torch-pruning cannot follow them in GPT-2."""
-    if isinstance(model, PreTrainedModel) and getattr(model.config, "use_cache", False):
-        model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "use_cache", False):
+            module.config.use_cache = False
 
 
 def _weights_of(groups: list[FilterGroup]) -> set[str]:
