@@ -71,7 +71,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
     ),
     "segformer": (segformer, 32, True),
     "t5": (lambda: t5("relu"), 0, False),
-    "vit": (lambda: vit(hidden_dropout_prob=0.0), 32, False),
+    "vit": (lambda: vit(num_attention_heads=4), 32, False),
     "timm_vit": (timm_vit, 32, False),
     "swin": (swin, 32, False),
 }
