@@ -85,17 +85,19 @@ def head_groups(
     for attentions in _coupled(model, find_attentions(model)):
         inner = [rows.name for attention in attentions for rows in attention.projections]
         names = inner + [attention.output.name for attention in attentions]
-        tied = [name for name in names if id(parameters.get(name)) in shared]
-        kept = [name for name in names if name not in prunable]
-        if len(sizes := {attention.size for attention in attentions}) > 1 or set(inner) & set(taken):
+        sizes = {attention.size for attention in attentions}
+        if len(sizes) > 1 or set(inner) & set(taken):
             continue
-        if tied or kept:
-            reason = f"{tied[0]} is tied, shared by several layers" if tied else f"{kept[0]} is not pruned"
-            dense |= dict.fromkeys(names, f"its attention heads stay, as {reason}")
+        if tied := [name for name in names if id(parameters.get(name)) in shared]:
+            reason = f"its attention heads stay, as {tied[0]} is tied, shared by several layers"
+        elif kept := [name for name in names if name not in prunable]:
+            reason = f"its attention heads stay, as {kept[0]} is not pruned"
         elif sizes == {1}:
-            dense |= dict.fromkeys(names, "it has a single attention head, or a single one of keys and values")
+            reason = "it has a single attention head, or a single one of keys and values"
         else:
             groups.append(_group(attentions, taken))
+            continue
+        dense |= {name: reason for name in inner if name in prunable}
     return groups, dense
 
 

@@ -208,6 +208,8 @@ class _Graph:
 
     def read(self, layer: nn.Module, items: Items) -> FilterGroup:
         """The group of all output channels of `layer`, given its `expand`. Raises `_StaysDense` with the reason."""
+        if any(node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn) for node, _ in items):
+            raise _StaysDense("its filters are reshaped, for example into attention heads")
         if _is_residual_stream(items):
             raise _StaysDense(RESIDUAL_STREAM)
         for node, side in items:
@@ -239,8 +241,6 @@ class _Graph:
             raise _StaysDense("its filters are the model's outputs")
         if node.type in OTHERS:
             raise _StaysDense(f"its filters go through {OTHERS[node.type]}, which is not pruned")
-        if node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn):
-            raise _StaysDense("its filters are reshaped, for example into attention heads")
         if _is_layer(node) and weight_of(module) is None:
             raise _StaysDense("its filters are coupled with a layer whose weight is computed (weight norm)")
         if isinstance(module, _BatchNorm) and (module.weight is None or module.bias is None):
