@@ -41,6 +41,7 @@ def find_filter_groups(
         try:
             groups, dense = trace_groups(traced, inputs, prunable, shared)
             heads, stay = head_groups(traced, prunable, shared, _weights_of(groups))
+            groups = _without_projections(groups, heads)
             sound = _sound_groups(traced, inputs, groups, heads)
             lost = groups and _weights_of(groups).isdisjoint(_weights_of(sound))
             problem = "taking channels out changes the outputs" if lost else ""
@@ -74,6 +75,12 @@ def _without_cache(model: nn.Module) -> None:
 
 def _weights_of(groups: list[FilterGroup]) -> set[str]:
     return {rows.name for group in groups for rows in group.weights}
+
+
+def _without_projections(groups: list[FilterGroup], heads: list[FilterGroup]) -> list[FilterGroup]:
+    """The groups that take no rows of queries, keys and values, which only go by whole heads."""
+    projections = {rows.name for group in heads for one in group.attentions for rows in one.projections}
+    return [group for group in groups if projections.isdisjoint(_weights_of([group]))]
 
 
 def _feed_forward_groups(model: nn.Module, prunable: Collection[str], shared: Collection[int]) -> list[FilterGroup]:

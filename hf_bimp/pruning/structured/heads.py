@@ -76,19 +76,18 @@ def head_groups(
 ) -> tuple[list[FilterGroup], dict[str, str]]:
     """A group for the heads of each attention module, and why each other projection in one stays dense.
 
-    Modules that share one position bias (all of a stack of T5) are one group: their heads go at equal indices. No
-    projection in `taken` loses rows, and none that is not in `prunable` or whose id is in `shared` anything.
+    Modules that share one position bias (all of a stack of T5) are one group: their heads go at equal indices. All
+    projections are in `prunable`, and no id of theirs is in `shared`. `taken` are the weights of other groups.
     """
-    parameters = dict(model.named_parameters())
     groups: list[FilterGroup] = []
     dense: dict[str, str] = {}
     for attentions in _coupled(model, find_attentions(model)):
         inner = [rows.name for attention in attentions for rows in attention.projections]
         names = inner + [attention.output.name for attention in attentions]
         sizes = {attention.size for attention in attentions}
-        if len(sizes) > 1 or set(inner) & set(taken):
+        if len(sizes) > 1:
             continue
-        if tied := [name for name in names if id(parameters.get(name)) in shared]:
+        if tied := [name for name in names if id(model.get_parameter(name)) in shared]:
             reason = f"its attention heads stay, as {tied[0]} is tied, shared by several layers"
         elif kept := [name for name in names if name not in prunable]:
             reason = f"its attention heads stay, as {kept[0]} is not pruned"

@@ -35,6 +35,7 @@ OTHERS = {
     OPTYPE.EXPAND: "an expand",
     OPTYPE.SLICE: "a slice",
 }
+RESHAPED = "its filters are reshaped, for example into attention heads"
 RESIDUAL_STREAM = "its filters are the residual stream, whose width embeddings and normalisation layers fix"
 NORMS_AND_EMBEDDINGS = (OPTYPE.LN, OPTYPE.EMBED, OPTYPE.PARAMETER, OPTYPE.EXPAND)  # an expand: a class token's
 
@@ -139,7 +140,7 @@ def _is_layer(node: Node) -> bool:
     return isinstance(node.module, PRUNABLE_MODULES)
 
 
-def _is_residual_stream(items: Items) -> bool:
+def _is_normalised_sum(items: Items) -> bool:
     """Whether outputs of several layers (or an embedding's) are added up, and normalised or embedded as a whole."""
     nodes = {node for node, side in items if side == "out"}
     sources = [node for node in nodes if _is_layer(node) or node.type == OPTYPE.EMBED]
@@ -208,10 +209,8 @@ class _Graph:
 
     def read(self, layer: nn.Module, items: Items) -> FilterGroup:
         """The group of all output channels of `layer`, given its `expand`. Raises `_StaysDense` with the reason."""
-        if any(node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn) for node, _ in items):
-            raise _StaysDense("its filters are reshaped, for example into attention heads")
-        if _is_residual_stream(items):
-            raise _StaysDense(RESIDUAL_STREAM)
+        if _is_normalised_sum(items):
+            raise _StaysDense(RESHAPED if any(_is_mixed(node) for node, _ in items) else RESIDUAL_STREAM)
         for node, side in items:
             self._check_node(node, side)
         if any(self._is_lost([place for found in places.values() for place in found]) for places in items.values()):
@@ -241,6 +240,8 @@ class _Graph:
             raise _StaysDense("its filters are the model's outputs")
         if node.type in OTHERS:
             raise _StaysDense(f"its filters go through {OTHERS[node.type]}, which is not pruned")
+        if _is_mixed(node):
+            raise _StaysDense(RESHAPED)
         if _is_layer(node) and weight_of(module) is None:
             raise _StaysDense("its filters are coupled with a layer whose weight is computed (weight norm)")
         if isinstance(module, _BatchNorm) and (module.weight is None or module.bias is None):
@@ -268,8 +269,15 @@ class _Graph:
         return Rows(name, dim, index.flatten() if counts == {1} else index)
 
 
+def _is_mixed(node: Node) -> bool:
+    """Whether a view takes the channels apart, or together with something else."""
+    return node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn)
+
+
 def _keeps_channels(view: Any) -> bool:
     """Whether a view leaves the channels, the second dimension of images and else the last, in order and together."""
     before, after = tuple(view._saved_self_sym_sizes), tuple(view._input_metadata[0].shape)
     flattened = len(before) > 2 and after == (before[0], prod(before[1:]))
+    if len(before) == 1:  # a scale per channel, made to fit images
+        return before[0] in after
     return flattened or before[-1] == after[-1] or before[:2] == after[:2] and len(before) != 3
