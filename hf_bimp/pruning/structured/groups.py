@@ -1,4 +1,4 @@
-"""Groups of filters that can be removed so that a model really shrinks, each checked to be removable."""
+"""Groups of filters and of attention heads that can be removed so that a model shrinks, each checked to be so."""
 
 from collections.abc import Collection
 
