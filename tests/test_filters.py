@@ -136,6 +136,11 @@ def test_maxvit_has_its_feed_forward_units_and_the_inside_of_its_convolution_blo
     assert dense["head.fc.weight"] == "its filters are the model's outputs"
 
 
+def test_gpt2_is_traced_whole(caplog: pytest.LogCaptureFixture) -> None:
+    groups, _ = groups_of(make("gpt2"), MODELS["gpt2"][1](0))
+    assert len(groups) == 4 and "cannot be traced" not in caplog.text
+
+
 class Untraceable(nn.Module):
     """Keeps keys and values for a next token, which torch-pruning cannot follow behind a split."""
 
