@@ -67,8 +67,8 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
     granularity: str = field(
         default="weight",
         metadata={
-            "help": "What is removed: 'weight'; 'filter' (whole output filters, the same share of each layer's, by "
-            "their L2 norm); or 'n:m' such as 2:4 (of m consecutive inputs n stay, so the sparsity is 1 - n/m)."
+            "help": "What is removed: 'weight'; 'filter' (whole output filters and attention heads, the same share of "
+            "each layer's, by L2 norm); or 'n:m' such as 2:4 (of m consecutive inputs n stay: a sparsity of 1 - n/m)."
         },
     )
     allocation: str | None = field(

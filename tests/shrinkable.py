@@ -8,16 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import hf_bimp.models  # noqa: F401  registers the CIFAR models with timm
-from hf_bimp.pruning.structured.tracing import FilterGroup, Inputs
+from hf_bimp.pruning.structured.filters import FilterGroup
+from hf_bimp.pruning.structured.tracing import Inputs
 
 
 class ConcatAndFlatten(nn.Module):
@@ -68,7 +77,67 @@ def t5(activation: str) -> T5ForConditionalGeneration:
 
 
 def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1))
+
+
+def llama() -> LlamaForCausalLM:
+    """Six heads of queries over three of keys and values."""
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        attention_bias=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=20,
+        max_position_embeddings=16,
+        num_labels=5,
+    )
+    return BertForSequenceClassification(config)
+
+
+def vit(**changes: float) -> ViTForImageClassification:
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 20}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": 5}
+    return ViTForImageClassification(ViTConfig(**(sizes | heads | changes)))
+
+
+def timm_vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4, num_classes=5
+    )
+
+
+def swin() -> SwinForImageClassification:
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5
+    )
+    return SwinForImageClassification(config)
+
+
+def timm_swin() -> nn.Module:
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=4,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        num_classes=5,
+    )
 
 
 def maxvit(name: str) -> nn.Module:
@@ -98,6 +167,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
     "t5_relu": (lambda: t5("relu"), tokens),
     "t5_gated": (lambda: t5("gated-gelu"), tokens),
     "gpt2": (gpt2, text),
+    "llama": (llama, text),
+    "bert": (bert, text),
+    "vit": (vit, image_dict),
+    "timm_vit": (timm_vit, images(32)),
+    "swin": (swin, image_dict),
+    "timm_swin": (timm_swin, images(32)),
 }
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_bimp import find_prunable
-from hf_bimp.pruning.structured.groups import FilterGroup, find_filter_groups
+from hf_bimp.pruning.structured.filters import FilterGroup
+from hf_bimp.pruning.structured.groups import find_filter_groups
 from shrinkable import MODELS, make
 
 
@@ -117,8 +118,9 @@ def test_t5_has_its_feed_forward_units(name: str, inner: list[str]) -> None:
     groups, dense = groups_of(make(name), MODELS[name][1](0))
     blocks = [f"{stack}.block.{i}.layer.{n}" for stack, n in (("encoder", 1), ("decoder", 2)) for i in (0, 1)]
     expected = [[f"{block}.DenseReluDense.{layer}.weight" for layer in inner] for block in blocks]
-    assert sorted(names(groups)) == sorted(expected)
-    assert "reshaped" in dense["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    assert sorted(names([group for group in groups if not group.attentions])) == sorted(expected)
+    assert set(dense) == {f"{block}.DenseReluDense.wo.weight" for block in blocks}
+    assert all("the residual stream" in reason for reason in dense.values())
 
 
 @pytest.mark.parametrize("name", ["maxvit", "maxvit_tf"])
@@ -134,13 +136,33 @@ def test_maxvit_has_its_feed_forward_units_and_the_inside_of_its_convolution_blo
     assert dense["head.fc.weight"] == "its filters are the model's outputs"
 
 
-def test_feed_forward_units_alone_where_tracing_fails(caplog: pytest.LogCaptureFixture) -> None:
-    model = make("gpt2")
+def test_gpt2_is_traced_whole(caplog: pytest.LogCaptureFixture) -> None:
+    groups, _ = groups_of(make("gpt2"), MODELS["gpt2"][1](0))
+    assert len(groups) == 4 and "cannot be traced" not in caplog.text
+
+
+class Untraceable(nn.Module):
+    """Keeps keys and values for a next token, which torch-pruning cannot follow behind a split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make("gpt2")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids, use_cache=True).logits
+
+
+def test_heads_and_feed_forward_units_alone_where_tracing_fails(caplog: pytest.LogCaptureFixture) -> None:
+    model = Untraceable()
     groups, dense = groups_of(model, MODELS["gpt2"][1](0))
-    assert "GPT2LMHeadModel cannot be traced whole" in caplog.text
-    assert names(groups) == [["transformer.h.0.mlp.c_fc.weight"]]
+    assert "Untraceable cannot be traced whole" in caplog.text
+    blocks = [f"model.transformer.h.{i}" for i in (0, 1)]
+    assert names(groups) == [[f"{block}.mlp.c_fc.weight"] for block in blocks] + [
+        [f"{block}.attn.c_attn.weight", f"{block}.attn.c_proj.weight"] for block in blocks
+    ]
     assert groups[0].weights[0].dim == 1 and groups[0].readers[0].dim == 0
-    assert "feed-forward" in dense["transformer.h.0.attn.c_attn.weight"]
+    assert set(dense) == {f"{block}.mlp.c_proj.weight" for block in blocks}
+    assert all("the residual stream" in reason for reason in dense.values())
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from .allocation import ALLOCATIONS, Layer, layer_counts
 from .criteria import Criterion, criterion_named, random_scores
 from .lamp import lamp_counts
 from .ranking import NOT_FINITE, SCORE_NOT_FINITE, mark_smallest
-from .structured.groups import FilterGroup, Rows
+from .structured.filters import FilterGroup, Rows
 
 FILTER_CRITERIA = ("magnitude", "random")  # what a norm of a whole filter is known for
 _N_OF_M = re.compile(r"(\d+):(\d+)")
@@ -219,7 +219,9 @@ class FilterRule(Rule):
     """Removes `round(sparsity * size)` of the filters of each group: those of the smallest L2 norm, or random ones.
 
     Coupled filters (of layers whose outputs are added up) are one group and share one norm. What is attached to a
-    filter, its bias and its batch-norm channel, is masked with it.
+    filter, its bias and its batch-norm channel, is masked with it. An attention head is one filter: its query, key and
+    value rows with its columns of the output projection, and of grouped queries all that share its keys and values.
+    The last head of a group stays.
     """
 
     def __init__(self, groups: list[FilterGroup], criterion: str = "magnitude", seed: int = 0):
@@ -240,7 +242,8 @@ class FilterRule(Rule):
             if not scores.isfinite().all():
                 raise ValueError(NOT_FINITE)
             order = scores.masked_fill(gone[i].cpu(), -1).argsort(stable=True)
-            chosen = order[: max(round(sparsity * group.size), int(gone[i].count_nonzero()))]
+            most = group.size - bool(group.attentions)  # attention keeps a head
+            chosen = order[: max(min(round(sparsity * group.size), most), int(gone[i].count_nonzero()))]
             _mark(pruned, group.weights, chosen)
         self.mark_attached(pruned)
 

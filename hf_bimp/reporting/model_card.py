@@ -192,7 +192,7 @@ def _measures(results: dict) -> str:
 def _shrinking(args: BIMPArgumentsMixin) -> str:
     if args.granularity != "filter":
         return ""
-    return " `hf_bimp.shrink(model, example_inputs)` removes its zero filters and gives a smaller dense model."
+    return " `hf_bimp.shrink(model, example_inputs)` gives a smaller dense model without its zero filters and heads."
 
 
 def _metrics_table(results: dict) -> str:

@@ -1,15 +1,18 @@
-"""Groups of filters that can be removed so that a model really shrinks, each checked to be removable."""
+"""Groups of filters and of attention heads that can be removed so that a model shrinks, each checked to be so."""
 
 from collections.abc import Collection
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .filters import FilterGroup, Rows
+from .heads import head_groups
 from .surgery import TOLERANCE, cpu_copy, cpu_inputs, deep_copy, output_difference, remove_channels, zero_channels
-from .tracing import FilterGroup, Inputs, Rows, call, shared_weights, trace_groups
+from .tracing import RESIDUAL_STREAM, Inputs, call, shared_weights, trace_groups
 
 __all__ = ["FilterGroup", "Rows", "find_filter_groups"]
 
@@ -21,40 +24,63 @@ def find_filter_groups(
 ) -> tuple[list[FilterGroup], dict[str, str]]:
     """Groups of filters (output channels) that residual or concatenating paths couple, in a fixed order.
 
+    Behind them come groups whose channels are attention heads, with all that a head has in the four projections.
     Also returns, for each weight of `prunable` in no group, why it stays dense. `example_inputs` is a tensor, a tuple
     of positional or a dict of keyword arguments; a batch of one or two is enough. The work is done on a copy of the
     model, on the CPU in float32; the model and the random state are left alone.
 
     Every group has been tested: taking some of its channels out leaves the outputs as zeroing them does. Of models
-    that torch-pruning cannot trace only the hidden units of feed-forward blocks are pruned, which is logged.
+    that torch-pruning cannot trace only attention heads and the hidden units of feed-forward blocks are pruned, which
+    is logged.
     """
     with torch.random.fork_rng(devices=[]):
         traced, inputs = cpu_copy(model), cpu_inputs(example_inputs)
+        _without_cache(traced)
         call(traced, inputs)  # inputs that do not fit are no reason to fall back
         shared = shared_weights(traced)
         try:
             groups, dense = trace_groups(traced, inputs, prunable, shared)
-            sound = _sound_groups(traced, inputs, groups)
-            problem = "taking channels out changes the outputs" if groups and not sound else ""
+            heads, stay = head_groups(traced, prunable, shared, _weights_of(groups))
+            groups = _without_projections(groups, heads)
+            sound = _sound_groups(traced, inputs, groups, heads)
+            lost = groups and _weights_of(groups).isdisjoint(_weights_of(sound))
+            problem = "taking channels out changes the outputs" if lost else ""
         except Exception as error:  # torch-pruning raises all kinds on what it does not know
             problem = f"{type(error).__name__}: {error}"
         if problem:
             logger.warning(
-                f"{type(model).__name__} cannot be traced whole ({problem}). Of its filters only the hidden units of "
-                "feed-forward blocks are pruned; all other weights stay dense."
+                f"{type(model).__name__} cannot be traced whole ({problem}). Of its filters only attention heads and "
+                "the hidden units of feed-forward blocks are pruned; all other weights stay dense."
             )
             groups = _feed_forward_groups(traced, prunable, shared)
-            dense = dict.fromkeys(sorted(prunable), "only hidden units of feed-forward blocks can be traced here")
-            sound = _sound_groups(traced, inputs, groups)
-    failed, kept = _weights_of(groups), _weights_of(sound)
-    dense |= dict.fromkeys(
-        sorted(failed - kept), "taking out its filters changes the outputs even where they are zero"
-    )
+            heads, stay = head_groups(traced, prunable, shared, _weights_of(groups))
+            dense = dict.fromkeys(
+                sorted(prunable), "only attention heads and hidden units of feed-forward blocks can be found here"
+            )
+            dense |= {rows.name: RESIDUAL_STREAM for group in groups for rows in group.readers}
+            sound = _sound_groups(traced, inputs, groups, heads)
+    dense |= stay
+    failed, kept = _weights_of(groups + heads), _weights_of(sound)
+    changes = "taking out its filters changes the outputs even where they are zero"
+    dense = dict.fromkeys(sorted(failed - kept), changes) | dense
     return sound, {name: reason for name, reason in sorted(dense.items()) if name not in kept}
+
+
+def _without_cache(model: nn.Module) -> None:
+    """Lets the model keep no keys and values for a next token: torch-pruning cannot follow them in GPT-2."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "use_cache", False):
+            module.config.use_cache = False
 
 
 def _weights_of(groups: list[FilterGroup]) -> set[str]:
     return {rows.name for group in groups for rows in group.weights}
+
+
+def _without_projections(groups: list[FilterGroup], heads: list[FilterGroup]) -> list[FilterGroup]:
+    """The groups that take no rows of queries, keys and values, which only go by whole heads."""
+    projections = {rows.name for group in heads for one in group.attentions for rows in one.projections}
+    return [group for group in groups if projections.isdisjoint(_weights_of([group]))]
 
 
 def _feed_forward_groups(model: nn.Module, prunable: Collection[str], shared: Collection[int]) -> list[FilterGroup]:
@@ -95,8 +121,12 @@ def _prefixed(group: FilterGroup, prefix: str) -> FilterGroup:
     return FilterGroup(group.size, renamed(group.weights), renamed(group.attached), renamed(group.readers))
 
 
-def _sound_groups(model: nn.Module, inputs: Inputs, groups: list[FilterGroup]) -> list[FilterGroup]:
-    """The groups whose channels can be removed where they are zero. Found by halving, as nearly always all are."""
+def _sound_groups(model: nn.Module, inputs: Inputs, *kinds: list[FilterGroup]) -> list[FilterGroup]:
+    """The groups whose channels can be removed where they are zero. Found by halving, as nearly always all are.
+
+    Groups of one kind are likely to fail together.
+    """
+    groups = [group for kind in kinds for group in kind]
     if not groups:
         return []
     filled = _filled(model)
@@ -107,8 +137,10 @@ def _sound_groups(model: nn.Module, inputs: Inputs, groups: list[FilterGroup]) -
         half = len(groups) // 2
         return sound(groups[:half]) + sound(groups[half:]) if half else []
 
-    found = sound(groups)
-    return found if len(found) == len(groups) or _is_removable(filled, inputs, found) else []
+    if _is_removable(filled, inputs, groups):
+        return groups
+    found = [group for kind in kinds for group in sound(kind)]
+    return found if _is_removable(filled, inputs, found) else []
 
 
 def _is_removable(model: nn.Module, inputs: Inputs, groups: list[FilterGroup]) -> bool:

@@ -18,6 +18,7 @@ from ...storage.files import write_json
 from ...storage.model_formats import LIBRARIES, build, write_config
 from ..layers import find_prunable
 from .groups import find_filter_groups
+from .heads import find_attentions, fit_heads
 from .surgery import TOLERANCE, cpu_copy, cpu_inputs, deep_copy, output_difference, remove_channels, zero_filters
 from .tracing import Inputs
 
@@ -36,9 +37,11 @@ logger = logging.get_logger(__name__)
 def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     """A smaller dense copy of `model`, without the filters that are wholly zero, biases and batch norms included.
 
+    Attention heads go where their value rows, with the bias, or their columns of the output projection are zero. The
+    config still tells the numbers of heads before.
     `example_inputs`: a tensor, a tuple of positional or a dict of keyword arguments; a batch of one or two is enough.
-    Of filters that are all zero one is kept. Raises `ValueError` where no filter can be removed, and `RuntimeError`
-    where the smaller model's outputs on `example_inputs` are not those of `model`.
+    Of filters or heads that are all zero one is kept. Raises `ValueError` where no filter can be removed, and
+    `RuntimeError` where the smaller model's outputs on `example_inputs` are not those of `model`.
     """
     groups, _ = find_filter_groups(model, example_inputs, find_prunable(model).weights)
     choices = []
@@ -49,7 +52,8 @@ def shrink(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     if not choices:
         raise ValueError(
             f"{type(model).__name__} has no filter that can be removed: none in its {len(groups)} groups of coupled "
-            'filters is wholly zero, with its biases and batch norms. Train with granularity="filter".'
+            "filters or of attention heads is wholly zero, with its biases and batch norms. Train with "
+            'granularity="filter".'
         )
     small = deep_copy(model)
     small.zero_grad()
@@ -111,8 +115,13 @@ def load_shrunk(directory: str | Path, model: nn.Module | None = None) -> nn.Mod
         )
     model = build(content["origin"], directory) if model is None else copy.deepcopy(model).cpu()
     model.to(getattr(torch, content["dtype"]))
-    weights = directory / SAFE_WEIGHTS_NAME
+    weights, attentions = directory / SAFE_WEIGHTS_NAME, find_attentions(model)
     _resize(model, content["widths"], weights)
+    for attention in attentions:  # their numbers of heads follow from the widths of their layers
+        try:
+            fit_heads(model, attention)
+        except ValueError as error:
+            raise ValueError(f"{directory / SHRUNK_NAME}: {error} Shrink and save the model anew.") from error
     try:
         load_model(model, weights)
     except RuntimeError as error:

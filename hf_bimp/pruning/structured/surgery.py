@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch_pruning.pruner.function import PrunerBox
 from transformers.pytorch_utils import Conv1D
 
-from .tracing import CONV1D_PRUNER, FilterGroup, Inputs, call
+from .filters import Attention, FilterGroup, Rows, out_dim
+from .heads import fit_heads
+from .tracing import CONV1D_PRUNER, Inputs, call
 
 TOLERANCE = 1e-4  # largest difference of outputs that count as equal, relative to their largest magnitude
 
@@ -19,42 +21,65 @@ Choice = tuple[FilterGroup, Tensor]  # a group and int64 (n,): those of its chan
 
 
 def zero_filters(model: nn.Module, group: FilterGroup) -> Tensor:
-    """int64 (n,): the channels of `group` that are wholly zero, biases and norms included."""
+    """int64 (n,): the channels of `group` that add nothing to the outputs.
+
+    Filters are wholly zero, biases and norms included; of attention heads the values or the output columns are.
+    """
     parameters = dict(model.named_parameters())
-    zero = torch.ones(group.size, dtype=torch.bool)
-    for rows in (*group.weights, *group.attached):
-        is_zero = (parameters[rows.name].detach() == 0).movedim(rows.dim, 0).cpu()
-        empty = is_zero.reshape(len(is_zero), -1).all(1)
-        zero &= empty[rows.index].view(group.size, -1).all(1)
-    return zero.nonzero().flatten()
+
+    def is_zero(all_rows: Iterable[Rows]) -> Tensor:
+        zero = torch.ones(group.size, dtype=torch.bool)
+        for rows in all_rows:
+            values = (parameters[rows.name].detach() == 0).movedim(rows.dim, 0).cpu()
+            empty = values.reshape(len(values), -1).all(1)
+            zero &= empty[rows.index].view(group.size, -1).all(1)
+        return zero
+
+    if group.attentions:
+        zeros = [is_zero(attention.values) | is_zero([attention.output]) for attention in group.attentions]
+        return torch.stack(zeros).all(0).nonzero().flatten()
+    return is_zero((*group.weights, *group.attached)).nonzero().flatten()
 
 
 @torch.no_grad()
 def zero_channels(model: nn.Module, choices: Iterable[Choice]) -> None:
-    """Zeroes whatever makes the chosen channels anything but zero."""
+    """Zeroes what makes the chosen channels anything but zero; of attention heads the values alone."""
     parameters = dict(model.named_parameters())
     for group, channels in choices:
-        for rows in (*group.weights, *group.attached):
+        values = [rows for attention in group.attentions for rows in attention.values]
+        for rows in values or (*group.weights, *group.attached):
             parameter = parameters[rows.name]
             parameter.index_fill_(rows.dim, rows.index[channels].flatten().to(parameter.device), 0)
 
 
 def remove_channels(model: nn.Module, choices: Iterable[Choice]) -> None:
-    """Removes the chosen channels in place, those of each layer at once."""
-    removed: dict[tuple[str, bool], set[int]] = defaultdict(set)
+    """Removes the chosen channels in place, those of each parameter at once."""
+    removed: dict[tuple[str, int], set[int]] = defaultdict(set)
+    attentions: dict[str, Attention] = {}
     for group, channels in choices:
-        for read, all_rows in ((False, (*group.weights, *group.attached)), (True, group.readers)):
-            for rows in all_rows:
-                layer, _, parameter = rows.name.rpartition(".")
-                if parameter == "weight":  # biases go with the weights
-                    removed[layer, read].update(rows.index[channels].flatten().tolist())
-    for (name, read), places in removed.items():
-        module: Any = model.get_submodule(name)
-        trained = {kind: weight.requires_grad for kind, weight in module.named_parameters()}
-        pruner = CONV1D_PRUNER if isinstance(module, Conv1D) else PrunerBox[tp.ops.module2type(module)]
-        (pruner.prune_in_channels if read else pruner.prune_out_channels)(module, sorted(places))
-        for kind, weight in module.named_parameters():  # torch-pruning puts new ones in their place
-            weight.requires_grad_(trained[kind])
+        for rows in (*group.weights, *group.attached, *group.readers):
+            removed[rows.name, rows.dim].update(rows.index[channels].flatten().tolist())
+        attentions |= {attention.name: attention for attention in group.attentions}
+    for (name, dim), places in removed.items():
+        owner, _, kind = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        if kind == "weight":
+            _remove_of_layer(module, dim, sorted(places))
+        elif kind != "bias":  # biases go with the weights
+            parameter = module.get_parameter(kind)
+            kept = [place for place in range(parameter.shape[dim]) if place not in places]
+            values = parameter.detach()[(slice(None),) * dim + (kept,)]
+            setattr(module, kind, nn.Parameter(values, parameter.requires_grad))
+    for attention in attentions.values():
+        fit_heads(model, attention)
+
+
+def _remove_of_layer(module: Any, dim: int, places: list[int]) -> None:
+    trained = {kind: weight.requires_grad for kind, weight in module.named_parameters()}
+    pruner = CONV1D_PRUNER if isinstance(module, Conv1D) else PrunerBox[tp.ops.module2type(module)]
+    (pruner.prune_out_channels if dim == out_dim(module) else pruner.prune_in_channels)(module, places)
+    for kind, weight in module.named_parameters():  # torch-pruning puts new ones in their place
+        weight.requires_grad_(trained[kind])
 
 
 def deep_copy(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch_pruning.ops import OPTYPE
 from transformers.pytorch_utils import Conv1D
 
 from ..layers import PRUNABLE_MODULES, weight_of
+from .filters import FilterGroup, Rows, by_name, out_dim
 
 Inputs = Tensor | tuple | Mapping
 Items = dict[tuple[Node, str], dict[int, list[int]]]  # node and its side, "out" or "in": channel: its places there
@@ -35,34 +35,9 @@ OTHERS = {
     OPTYPE.EXPAND: "an expand",
     OPTYPE.SLICE: "a slice",
 }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the channels of a group lie in parameter `name`: channel c at `index[c]` along `dim`.
-
-    `dim` is 0, but 1 for transposed convolutions and Transformers' `Conv1D`. `index` is int64, (size,), or (size, r)
-    where a channel takes r places.
-    """
-
-    name: str
-    dim: int
-    index: Tensor
-
-
-@dataclass(frozen=True)
-class FilterGroup:
-    """`size` output channels that several layers share, so that each can only be removed from all of them at once.
-
-    `weights`: those of the linear and convolution layers that produce the channels. `attached`: their biases, and
-    weight and bias of the batch norms on them. `readers`: weights of the layers that take the channels as inputs,
-    whose columns go when the model shrinks.
-    """
-
-    size: int
-    weights: tuple[Rows, ...]
-    attached: tuple[Rows, ...]
-    readers: tuple[Rows, ...] = ()
+RESHAPED = "its filters are reshaped, for example into attention heads"
+RESIDUAL_STREAM = "its filters are the residual stream, whose width embeddings and normalisation layers fix"
+NORMS_AND_EMBEDDINGS = (OPTYPE.LN, OPTYPE.EMBED, OPTYPE.PARAMETER, OPTYPE.EXPAND)  # an expand: a class token's
 
 
 class _Conv1DPruner(tp.BasePruningFunc):
@@ -165,6 +140,14 @@ def _is_layer(node: Node) -> bool:
     return isinstance(node.module, PRUNABLE_MODULES)
 
 
+def _is_normalised_sum(items: Items) -> bool:
+    """Whether outputs of several layers (or an embedding's) are added up, and normalised or embedded as a whole."""
+    nodes = {node for node, side in items if side == "out"}
+    sources = [node for node in nodes if _is_layer(node) or node.type == OPTYPE.EMBED]
+    is_sum = any(type(node.grad_fn).__name__.startswith("AddBackward") for node in nodes)
+    return is_sum and len(sources) > 1 and any(node.type in NORMS_AND_EMBEDDINGS for node in nodes)
+
+
 class _Graph:
     """torch-pruning's dependency graph, and what of it ends in the outputs."""
 
@@ -226,6 +209,8 @@ class _Graph:
 
     def read(self, layer: nn.Module, items: Items) -> FilterGroup:
         """The group of all output channels of `layer`, given its `expand`. Raises `_StaysDense` with the reason."""
+        if _is_normalised_sum(items):
+            raise _StaysDense(RESHAPED if any(_is_mixed(node) for node, _ in items) else RESIDUAL_STREAM)
         for node, side in items:
             self._check_node(node, side)
         if any(self._is_lost([place for found in places.values() for place in found]) for places in items.values()):
@@ -237,9 +222,9 @@ class _Graph:
         for (node, side), places in items.items():
             module = node.module
             if _is_layer(node) and side == "in":
-                readers.append(self._rows(module.weight, 1 - _out_dim(module), places, size))
+                readers.append(self._rows(module.weight, 1 - out_dim(module), places, size))
             elif _is_layer(node):
-                weights.append(self._rows(module.weight, _out_dim(module), places, size, whole=True))
+                weights.append(self._rows(module.weight, out_dim(module), places, size, whole=True))
                 if module.bias is not None:
                     attached.append(self._rows(module.bias, 0, places, size))
             elif isinstance(module, _BatchNorm):
@@ -247,7 +232,7 @@ class _Graph:
         kept = sorted(rows.name for rows in weights if rows.name not in self.prunable)
         if kept:
             raise _StaysDense(f"its filters are coupled with those of {kept[0]}, which is not pruned")
-        return FilterGroup(size, *(tuple(sorted(rows, key=lambda r: r.name)) for rows in (weights, attached, readers)))
+        return FilterGroup(size, by_name(weights), by_name(attached), by_name(readers))
 
     def _check_node(self, node: Node, side: str) -> None:
         module = node.module
@@ -255,8 +240,8 @@ class _Graph:
             raise _StaysDense("its filters are the model's outputs")
         if node.type in OTHERS:
             raise _StaysDense(f"its filters go through {OTHERS[node.type]}, which is not pruned")
-        if node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn):
-            raise _StaysDense("its filters are reshaped, for example into attention heads")
+        if _is_mixed(node):
+            raise _StaysDense(RESHAPED)
         if _is_layer(node) and weight_of(module) is None:
             raise _StaysDense("its filters are coupled with a layer whose weight is computed (weight norm)")
         if isinstance(module, _BatchNorm) and (module.weight is None or module.bias is None):
@@ -284,15 +269,15 @@ class _Graph:
         return Rows(name, dim, index.flatten() if counts == {1} else index)
 
 
-def _out_dim(layer: nn.Module) -> int:
-    """The dimension of the weight that indexes outputs."""
-    if isinstance(layer, _ConvNd):
-        return int(layer.transposed and layer.groups == 1)
-    return int(isinstance(layer, Conv1D))
+def _is_mixed(node: Node) -> bool:
+    """Whether a view takes the channels apart, or together with something else."""
+    return node.type == OPTYPE.RESHAPE and not _keeps_channels(node.grad_fn)
 
 
 def _keeps_channels(view: Any) -> bool:
     """Whether a view leaves the channels, the second dimension of images and else the last, in order and together."""
     before, after = tuple(view._saved_self_sym_sizes), tuple(view._input_metadata[0].shape)
     flattened = len(before) > 2 and after == (before[0], prod(before[1:]))
+    if len(before) == 1:  # a scale per channel, made to fit images
+        return before[0] in after
     return flattened or before[-1] == after[-1] or before[:2] == after[:2] and len(before) != 3
