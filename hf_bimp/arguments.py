@@ -111,8 +111,8 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
     evaluate_prunings: bool = field(
         default=True,
         metadata={
-            "help": "Evaluate (where there is an eval_dataset) before and after each pruning of bimp, and the last "
-            "one of the other methods."
+            "help": "Evaluate (where there is an eval_dataset) before and after each pruning of bimp (of over 100 a "
+            "spread 100), and the last one of the other methods."
         },
     )
 

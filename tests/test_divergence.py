@@ -1,13 +1,17 @@
 """Weights that are no numbers end a run where that is seen first, with results that say so."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import At, classification_items, classifier
+from hf_bimp.methods import METHODS
+from hf_bimp.methods.dense_behind import DenseBehind
 from hf_bimp.trainer.divergence import not_finite
+from method_table import SHORT, ours
 from trainers import make_trainer
 
 
@@ -47,6 +51,46 @@ def test_a_run_that_diverges_after_its_last_pruning(tmp_path, settings, seen_aft
     results = json.loads((tmp_path / "bimp_results.json").read_text())
     assert results["diverged"] is True and results["sparsity"] is None and len(results["prunings"]) == 2
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def spoilt_gradient(chosen: Callable[[Tensor], Tensor], value: float) -> At:
+    """In the last step, after the last look but one, the gradient of some weights of the first layer is no number."""
+
+    def act(model: nn.Module, step: int) -> None:
+        if step == 11:
+            weight = model.first.weight
+            weight.grad[chosen(weight)] = value
+
+    return At("on_pre_optimizer_step", act)
+
+
+def ends_with_an_error(tmp_path, method: str, callback: At) -> None:
+    settings = {"num_cycles": None} | SHORT.get(method, {}) | {"method": method, "logging_strategy": "no"}
+    trainer = make_trainer(tmp_path, callbacks=[callback], optim="sgd", max_grad_norm=0.0, **settings)
+    with pytest.raises(FloatingPointError, match="Training diverged between .* and step 12: .*first.weight"):
+        trainer.train()
+    results = json.loads((tmp_path / "bimp_results.json").read_text())
+    assert results["diverged"] is True and results["sparsity"] is None
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", sorted(ours))
+def test_every_method_ends_so_when_the_last_step_spoils_its_weights(tmp_path, method, value) -> None:
+    ends_with_an_error(tmp_path, method, spoilt_gradient(lambda weight: weight.abs() == weight.abs().max(), value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", sorted(name for name in ours if issubclass(METHODS[name], DenseBehind)))
+def test_dense_weights_behind_zeros_are_watched(tmp_path, method, value) -> None:
+    """Most methods have zeros in the place of the smallest, so that the model shows nothing."""
+    ends_with_an_error(tmp_path, method, spoilt_gradient(lambda weight: weight.abs() == weight.abs().min(), value))
+
+
+def test_random_pruning_ends_so_too(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, with_spare_layer(), callbacks=[poison(11)], criterion="random")
+    with pytest.raises(FloatingPointError, match="step 12: .*spare"):
+        trainer.train()
 
 
 def test_before_a_pruning(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """The contract of a method: what it is given, what it promises, and the hooks around each optimizer step."""
 
+import math
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -110,6 +111,7 @@ class Method(ABC):
     description: ClassVar[str]
     paper: ClassVar[str | None] = None  # for the model card, where `description` does not tell
     Config: ClassVar[type] = NoConfig  # a dataclass: its settings
+    most_evaluated: ClassVar[int] = 1  # prunings with an evaluation before and after; 1: the last
     traits: Traits = Traits()
     cycle = 0  # how many prunings are done
 
@@ -210,8 +212,10 @@ class Method(ABC):
 
     @property
     def is_measured(self) -> bool:
-        """Whether the next pruning is worth an evaluation before and after it: here the last one alone."""
-        return self.cycle + 1 == self.plan.num_cycles
+        """Whether the next pruning is worth an evaluation before and after it: `most_evaluated` are, evenly spread."""
+        later = self.plan.num_cycles - self.cycle - 1
+        is_first = self.cycle == 0 and self.most_evaluated > 1  # before it the model is dense
+        return is_first or later % math.ceil(self.plan.num_cycles / self.most_evaluated) == 0
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`; after the method's own steps the last one holds (FT)."""

@@ -94,7 +94,7 @@ class IterativeMagnitudePruning(Method):
         granularities=("weight", "filter", "n:m"),
         criteria=None,
     )
-    is_measured = True  # every pruning
+    most_evaluated = 100  # prunings, which is nearly always every one
 
     def __init__(self, run: Run, config: BIMPConfig | None = None):
         super().__init__(run, config)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ NOT_METRICS = ("epoch", "_runtime", "_per_second", "_time")  # how such entries 
 
 def final_metrics(log_history: list[dict], step: int) -> dict[str, float]:
     """The last evaluation at `step`, without the `eval_` prefix; empty where there was none."""
-    found = [entry for entry in log_history if entry["step"] == step and any(k.startswith("eval_") for k in entry)]
-    return {k: v for entry in found for k, v in metrics_under(entry, "eval_").items()}
+    recent = takewhile(lambda entry: entry["step"] >= step, reversed(log_history))  # a long run asks often
+    found = [entry for entry in recent if entry["step"] == step and any(k.startswith("eval_") for k in entry)]
+    return {k: v for entry in reversed(found) for k, v in metrics_under(entry, "eval_").items()}
 
 
 def metrics_under(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def collect_results(
     those of all processes, `stays_dense` the reasons of the weight matrices that are not pruned. Of weights that have
     `diverged` to NaN there is no sparsity.
     """
-    prunings = [_pruning(entry, log_history) for entry in log_history if "prune_cycle" in entry]
+    prunings = _prunings(log_history)
     return {
         "method": method.name,
         "diverged": diverged,
@@ -130,19 +132,25 @@ def _dense_metrics(method: Method, prunings: list[dict], final: dict) -> dict[st
     return prunings[0]["before"] if prunings else final
 
 
-def _pruning(entry: dict, log: list[dict]) -> dict:
-    """One pruning, with the metrics just before it, just after it, and after its retraining."""
-    later = [other["step"] for other in log if "prune_cycle" in other and other["step"] > entry["step"]]
-    end = later[0] if later else max(other["step"] for other in log)
-    before_next = [
-        metrics_under(other, "before_prune_") for other in log if other["step"] == end and "prune_cycle" in other
-    ]
+def _prunings(log: list[dict]) -> list[dict]:
+    """Each with the metrics just before it, just after it, and after its retraining, which ends where the next is."""
+    by_step: dict[int, list[dict]] = {}
+    for entry in log:
+        by_step.setdefault(entry["step"], []).append(entry)
+    entries = [entry for entry in log if "prune_cycle" in entry]
+    ends = [entry["step"] for entry in entries[1:]] + [max(by_step, default=0)]
+    return [_pruning(entry, by_step[end]) for entry, end in zip(entries, ends, strict=False)]
+
+
+def _pruning(entry: dict, at_its_end: list[dict]) -> dict:
+    others = [metrics_under(other, "before_prune_") for other in at_its_end if other is not entry]
+    before_next = [metrics for metrics in others if metrics]
     return {
         "step": entry["step"],
         **{k.removeprefix("prune_"): v for k, v in entry.items() if k.startswith("prune_")},
         "before": metrics_under(entry, "before_prune_"),
         "after": metrics_under(entry, "after_prune_"),
-        "retrained": before_next[0] if before_next else final_metrics(log, end),
+        "retrained": before_next[0] if before_next else final_metrics(at_its_end, at_its_end[0]["step"]),
     }
 
 

@@ -1,6 +1,7 @@
 """When to prune and how far: the whole run as plain numbers (no torch)."""
 
 import math
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import cast
@@ -56,7 +57,7 @@ class Plan:
         """The dense phase (where it has steps) and then every cycle."""
         return tuple(phase for phase in self._all_phases if phase.steps)
 
-    @property
+    @cached_property
     def _all_phases(self) -> list[Phase]:
         starts = (0, *self.prune_steps)
         ends = (*self.prune_steps, self.total_steps)
@@ -66,7 +67,7 @@ class Plan:
 
     def phase(self, step: int) -> Phase:
         """The phase that optimizer step `step` (0..T-1) belongs to."""
-        return next(phase for phase in reversed(self.phases) if phase.start <= step)
+        return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.start) - 1]
 
     def cycle_phase(self, cycle: int) -> Phase:
         """The phase of prune-retrain cycle `cycle` (1..J)."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..methods import Method
+
 logger = logging.get_logger(__name__)
 
 
@@ -20,14 +22,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 class DivergenceWatch:
-    """Looks at the weights of a model now and then, and remembers when they were last finite.
+    """Looks at the weights of a model, and at a method's own, now and then; remembers when they were last finite.
 
     Weights that are not finite at the start (never used, never initialised) are left out, with a warning.
     """
 
-    def __init__(self, model: nn.Module, step: int, checkpoint: str | None):
+    def __init__(self, model: nn.Module, method: Method, step: int, checkpoint: str | None):
         """`step`: optimizer steps done; `checkpoint`: what the run continues, if anything."""
-        self.step, self.checkpoint = step, checkpoint
+        self.method, self.step, self.checkpoint = method, step, checkpoint
         self.parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         if given := not_finite(self.parameters):
             logger.warning(
@@ -38,7 +40,7 @@ class DivergenceWatch:
 
     def check(self, step: int) -> None:
         """Raises `FloatingPointError` where weights are not finite any more after `step` optimizer steps."""
-        if found := not_finite(self.parameters):
+        if found := not_finite(self.parameters) or not_finite(self._behind()):
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             good = (
                 f"The last good checkpoint is {self.checkpoint}" if self.checkpoint else "There is no checkpoint yet"
@@ -49,3 +51,8 @@ class DivergenceWatch:
                 "(max_grad_norm), use bf16 in place of fp16, or check the data."
             )
         self.step = step
+
+    def _behind(self) -> dict[str, Tensor]:
+        """What the method trains or keeps beside the model: where the model has a zero, that alone tells."""
+        state = self.method.state_dict().items()
+        return {name: kept for name, kept in state if isinstance(kept, Tensor) and kept.is_floating_point()}

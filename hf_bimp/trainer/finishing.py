@@ -45,13 +45,16 @@ class FinishingHooks(MeasuringHooks):
         self.check_weights()
         super().save_model(*args, **kwargs)
 
-    def check_weights(self) -> None:
-        """Raises `FloatingPointError` where they are NaN or infinite, once results have been written that say so."""
+    def check_weights(self, step: int | None = None) -> None:
+        """Raises `FloatingPointError` where they are NaN or infinite, once results have been written that say so.
+
+        `step` counts the optimizer steps done (default: as Trainer's state has it).
+        """
         if self.divergence is None or not self.is_in_train:
             return
         watch, self.divergence = self.divergence, None  # what follows saves and logs what there is
         try:
-            watch.check(self.state.global_step)
+            watch.check(self.state.global_step if step is None else step)
         except FloatingPointError:
             self._write_results(diverged=True)
             raise

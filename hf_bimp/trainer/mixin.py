@@ -157,7 +157,7 @@ class BIMPMixin(FinishingHooks):
     def announce_run(self) -> None:
         """Prints the plan, and what a resumed run cannot promise; counts what the model has to compute."""
         self.throughput = Throughput()
-        self.divergence = DivergenceWatch(self.bare_model, self.state.global_step, self._resumed_from)
+        self.divergence = DivergenceWatch(self.bare_model, self.method, self.state.global_step, self._resumed_from)
         self.count_multiply_adds()
         if self.is_world_process_zero():
             print(plan_table(self.method, self._bimp_run.stays_dense), flush=True)
@@ -208,7 +208,11 @@ class BIMPMixin(FinishingHooks):
         self.method.before_update(self.plain_optimizer)
 
     def after_update(self) -> None:
-        self.method.after_update()
+        try:
+            self.method.after_update()
+        except ValueError:  # of weights that cannot be ranked, by methods that renew their masks at every step
+            self.check_weights(self.state.global_step + 1)
+            raise
 
     def end_step(self, step: int) -> None:
         """After optimizer step `step` - 1, before any evaluation: a pruning that comes after the last one."""
