@@ -70,7 +70,7 @@ def draw(method: str, rng: random.Random) -> dict[str, Any]:
 
 def _of_bimp(model: str, rng: random.Random) -> dict[str, Any]:
     schedule = rng.choice([name for name in RETRAIN_SCHEDULES if name not in ("acc_allr", *_TUNED)])
-    own = {"num_cycles": rng.randint(1, 3), "dense_ratio": 0.4, "retrain_schedule": schedule}
+    own = {"num_cycles": rng.randint(1, 3), "dense_ratio": 0.5, "retrain_schedule": schedule}
     if model != "t5" and rng.random() < 0.3:
         own["retrain_schedule"] = "acc_allr"
     kind = rng.random()
