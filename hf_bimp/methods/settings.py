@@ -1,6 +1,5 @@
 """Types and ranges of settings: what a field's hint allows, said in one form. `Annotated[float, between(0, 1)]`."""
 
-import math
 from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
@@ -8,8 +7,10 @@ from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
+LARGEST = 3.4e38  # that a 32-bit float has room for
+
 _NAMES: dict[Any, str] = {
-    float: "a finite number",
+    float: f"a finite number, up to {LARGEST:g}",
     int: "a whole number",
     bool: "true or false",
     str: "a text",
@@ -40,8 +41,8 @@ def between(low: float, high: float) -> Callable[[float | None], None]:
 def checked(name: str, value: Any, hint: Any) -> Any:
     """`value` as a field of type `hint` has it: a whole number will do for a float, a list for a tuple.
 
-    Raises `ValueError` that names field, value and what is allowed, also where a number is not finite, or a check in
-    an `Annotated` hint refuses the value.
+    Raises `ValueError` that names field, value and what is allowed, also where a number is not finite in 32
+    bits, or a check in an `Annotated` hint refuses the value.
     """
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     make: Any = TypedDict
@@ -83,7 +84,7 @@ def _is_text(value: Any, hint: Any) -> bool:
 def _is_finite(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, float) or abs(value) <= LARGEST
 
 
 def _as_meant(value: Any, hint: Any) -> Any:

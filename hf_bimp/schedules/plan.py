@@ -124,15 +124,16 @@ def gradual_prunings(
     K = `num_prunings` of them lie at t_k = round(k * T / (K + 1)), or with `interval` one every so many steps. The
     sparsity is target * (1 - (1 - t_k / t_K)^3). Raises `ValueError` where that is no step, or one twice.
     """
-    if interval is None:
+    times: tuple[int, ...] = ()
+    if interval is None and num_prunings <= steps:
         times = tuple(round(k * steps / (num_prunings + 1)) for k in range(1, num_prunings + 1))
-    else:
+    elif interval is not None:
         times = tuple(range(interval, steps, interval))
     if not times or times[0] < 1 or len(set(times)) < len(times):
         raise ValueError(
             f"{steps} optimizer steps have no room for "
             + (f"{num_prunings} prunings" if interval is None else f"a pruning every {interval}")
-            + ". Train for longer, or prune less often (num_prunings, prune_interval)."
+            + f" (num_prunings={num_prunings}, prune_interval={interval}). Train for longer, or prune less often."
         )
     return times, tuple(target_sparsity * (1 - (1 - t / times[-1]) ** 3) for t in times)
 
@@ -208,15 +209,16 @@ def make_plan(
             f"The model is {initial_sparsity:.2%} sparse already and target_sparsity={target_sparsity} does not go "
             "beyond that. Raise target_sparsity, or pass num_cycles=0 with keep_zeros=True to fine-tune it as it is."
         )
-    cycles = num_cycles or 1
+    cycles, how = num_cycles or 1, f"num_cycles={num_cycles or 1}"
     if prune_fraction is not None:
+        how = f"prune_fraction={prune_fraction}"
         cycles = cycles_for(1 - initial_sparsity, 1 - goal, 1 - prune_fraction)
     dense_steps, cycle_steps = _split(total_steps, dense_ratio, cycles)
     if not _every_phase_has_steps(total_steps, dense_ratio, cycles):
         raise ValueError(
-            f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles leave {dense_steps} "
-            f"steps to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs at least 1. "
-            f"Train for at least {_enough_steps(total_steps, dense_ratio, cycles)} steps (max_steps or "
+            f"{total_steps} optimizer steps with dense_ratio={dense_ratio} and {cycles} cycles ({how}) leave "
+            f"{dense_steps} steps to the dense phase and {max(cycle_steps, 0)} to each cycle, and every phase needs "
+            f"at least 1. Train for at least {_enough_steps(total_steps, dense_ratio, cycles)} steps (max_steps or "
             "num_train_epochs), use fewer cycles, or change dense_ratio."
         )
     sparsities = cycle_sparsities(goal, num_cycles, prune_fraction, initial_sparsity)
