@@ -15,8 +15,8 @@ from torch import Tensor
 
 VERSION = 1
 MAGIC = b"BIMP"
-DTYPES = ("float64", "float32", "float16", "bfloat16")
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # of a float of so many bytes
+DTYPES = ("float64", "float32", "float16", "bfloat16", "uint8")
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # of a type of so many bytes
 _ALIGNMENT = 8  # bytes; whatever is stored behind a compact tensor is aligned
 _LONGEST_HEADER = 1 << 16  # bytes
 _ESCAPE = 255  # a gap byte: so many zeros, and no value behind them
@@ -76,8 +76,8 @@ def can_be_compact(dtype: str, shape: Any) -> bool:
     return dtype in ("F64", "F32", "F16", "BF16") and len(shape) > 1
 
 
-def encode(tensor: Tensor, level: int | None = None) -> bytes | None:
-    """The compact form of a float `tensor` on the CPU; None where it would not be smaller than the plain one.
+def encode(tensor: Tensor, level: int | None = None, even_if_larger: bool = False) -> bytes | None:
+    """The compact form of a `tensor` on the CPU; None where it would not be smaller than the plain one.
 
     `level`: of zstd, whose package is then needed; None for none.
     """
@@ -86,28 +86,24 @@ def encode(tensor: Tensor, level: int | None = None) -> bytes | None:
     is_negative_zero = np.equal(bits, np.iinfo(bits.dtype).min)
     is_value &= ~is_negative_zero
     count, plain = int(np.count_nonzero(is_value)), bits.nbytes
-    if count * bits.itemsize + min(count, bits.size // 8) >= plain:
+    if not even_if_larger and count * bits.itemsize + min(count, bits.size // 8) >= plain:
         return None
     values, positions = _positions(is_value)
     signs, signed = _positions(is_negative_zero) if is_negative_zero.any() else (None, b"")
     selected = bits[is_value]
     stored = b"".join((positions, signed, selected.tobytes()))
-    if len(stored) >= plain:
-        return None
     compression = None
     if level is not None:
         planes = np.ascontiguousarray(selected.view(np.uint8).reshape(-1, bits.itemsize).T)
-        smaller = _zstandard().ZstdCompressor(level=level).compress(b"".join((positions, signed, planes.tobytes())))
+        smaller = zstandard().ZstdCompressor(level=level).compress(b"".join((positions, signed, planes.tobytes())))
         if len(smaller) < len(stored) <= _MOST_COMPRESSION * len(smaller):
             compression, stored = "zstd", smaller
     dtype = str(tensor.dtype).removeprefix("torch.")
-    header = Header(
-        VERSION, dtype, tuple(tensor.shape), values, signs, compression, len(stored), zlib.crc32(stored)
-    )
+    header = Header(VERSION, dtype, tuple(tensor.shape), values, signs, compression, len(stored), zlib.crc32(stored))
     text = json.dumps(asdict(header), separators=(",", ":")).encode()
     blob = b"".join((MAGIC, len(text).to_bytes(4, "little"), text, stored))
     blob += bytes(-len(blob) % _ALIGNMENT)
-    return blob if len(blob) < plain else None
+    return blob if even_if_larger or len(blob) < plain else None
 
 
 def _positions(mask: np.ndarray) -> tuple[Stream, bytes]:
@@ -145,7 +141,10 @@ def decode(blob: np.ndarray, where: str) -> Tensor:
     integer = np.dtype(f"int{8 * header.itemsize}")
     values = raw[at:]
     if header.compression is not None:
-        planes, values = values.reshape(header.itemsize, -1), np.empty((header.values.count, header.itemsize), np.uint8)
+        planes, values = (
+            values.reshape(header.itemsize, -1),
+            np.empty((header.values.count, header.itemsize), np.uint8),
+        )
         for i, plane in enumerate(planes):
             values[:, i] = plane
     bits = np.zeros(header.numel, integer)
@@ -156,12 +155,12 @@ def decode(blob: np.ndarray, where: str) -> Tensor:
 
 
 def _decompressed(stored: np.ndarray, size: int, where: str) -> np.ndarray:
-    zstandard = _zstandard(where)
+    package = zstandard(where)
     try:
-        told = zstandard.get_frame_parameters(stored).content_size
+        told = package.get_frame_parameters(stored).content_size
         if told == size:
-            return np.frombuffer(zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False), np.uint8)
-    except zstandard.ZstdError as error:
+            return np.frombuffer(package.ZstdDecompressor().decompress(stored, allow_extra_data=False), np.uint8)
+    except package.ZstdError as error:
         raise damaged(where, f"zstd cannot read it: {error}") from error
     raise damaged(where, f"zstd holds {told:,} bytes in place of {size:,}")
 
@@ -259,18 +258,13 @@ def damaged(where: str, problem: str) -> ValueError:
     return ValueError(f"{where} is damaged: {problem}. Fetch the file again, or compress the model anew.")
 
 
-def _zstandard(where: str | None = None) -> Any:
+def zstandard(where: str | None = None) -> Any:
+    """The package. Raises `ImportError` where it is missing; `where` names the tensor that needs it."""
     try:
         import zstandard
     except ImportError as error:
-        what = "level" if where is None else f"{where} was written with zstd, and reading it"
-        raise ImportError(f"{what} needs the package zstandard. Install with: pip install zstandard") from error
+        raise ImportError(
+            f"{where or 'level'} needs the package zstandard, as it is written with zstd. Install it with: "
+            "pip install zstandard, or pip install 'hf_bimp[deploy]'"
+        ) from error
     return zstandard
-
-
-def has_zstandard() -> bool:
-    try:
-        _zstandard()
-    except ImportError:
-        return False
-    return True
