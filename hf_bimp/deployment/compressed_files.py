@@ -131,12 +131,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def check_compressed(path: Path | str) -> list[str]:
-    """The names of the compact tensors of a file. Only their headers are read.
+def check_compressed(path: Path | str) -> None:
+    """Raises `ValueError` where a compact tensor of a file is not whole, `ImportError` where it needs zstandard.
 
-    Raises `ValueError` where one is not whole, and `ImportError` where zstandard is needed and missing.
+    Only headers are read.
     """
-    names = []
     with opened(path) as file:
         for name in file.keys():
             slice_ = file.get_slice(name)
@@ -145,8 +144,6 @@ def check_compressed(path: Path | str) -> list[str]:
                 header, _ = read_header(slice_[: longest_start(size)].numpy(), size, where(path, name))
                 if header.compression is not None:
                     zstandard(where(path, name))
-                names.append(name)
-    return names
 
 
 def read_compressed(path: Path) -> dict[str, Tensor]:

@@ -56,11 +56,11 @@ class _Decoding(WeightConverter):
     the names of their weights. What is wrong with one is raised here, where Transformers wraps no errors.
     """
 
-    __slots__ = ("files", "dtype", "names", "expected")
+    __slots__ = ("path", "dtype", "names", "expected")
 
     def __init__(self, source_patterns: Any, target_patterns: Any, operations: list[ConversionOps], **kwargs: Any):
         super().__init__(source_patterns, target_patterns, operations, force_cpu=True)
-        self.files: dict[str, str] = {}  # by the stored name
+        self.path = "the compressed model"  # told in errors
         self.dtype: torch.dtype | None = None
         self.names: dict[str, list[str]] = {}  # stored, by the pattern that they match
         self.expected: torch.Size | None = None
@@ -71,7 +71,7 @@ class _Decoding(WeightConverter):
 
     def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         if isinstance(self.operations[0], _AsItIs):
-            self.expected = model.state_dict()[layer_name].shape if model is not None else None
+            self.expected = model.get_parameter_or_buffer(layer_name).shape if model is not None else None
         return super().convert(layer_name, model=model, **kwargs)
 
     def materialize_tensors(self) -> dict[str, list[Tensor]]:
@@ -84,7 +84,7 @@ class _Decoding(WeightConverter):
     def _decoded(self, tensor: Tensor, name: str) -> Tensor:
         if not is_compact("U8" if tensor.dtype == torch.uint8 else "", tensor.shape):
             return tensor
-        what = where(self.files.get(name, "the compressed model"), name)
+        what = where(self.path, name)
         if self.expected is not None:
             shape = read_header(tensor.numpy(), len(tensor), what)[0].shape
             if math.prod(shape) != self.expected.numel():
@@ -97,14 +97,14 @@ class _Decoding(WeightConverter):
 class CompactQuantizer(HfQuantizer):
     """Decodes what `hf_bimp.compress` has written while Transformers loads it, and then goes without a trace."""
 
-    files: dict[str, str]
+    path: str | None = None  # of the compressed file
 
     def preprocess_model(self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any) -> None:
         """Raises `ValueError` where a file is damaged, `ImportError` where zstandard is missing; reads no weights."""
-        self.files = {}
         for path in checkpoint_files or ():
             if str(path).endswith(".safetensors") and compact_version(path) is not None:
-                self.files |= dict.fromkeys(check_compressed(path), str(path))
+                check_compressed(path)
+                self.path = str(path)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         if not (hasattr(param, "get_dtype") and is_compact(param.get_dtype(), param.get_shape())):
@@ -127,7 +127,7 @@ class CompactQuantizer(HfQuantizer):
         sources, targets = converter._original_source_patterns, converter._original_target_patterns
         new = _Decoding(list(sources), list(targets), converter.operations)
         new.scope_prefix, new.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-        new.files = self.files
+        new.path = self.path or new.path
         return new
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
