@@ -1,7 +1,10 @@
 """Sparse models out of Hugging Face training scripts: iterative magnitude pruning in one training budget (BIMP)."""
 
 from .arguments import BIMPArguments, BIMPArgumentsMixin, BIMPSeq2SeqArguments
+from .deployment.compress import CompressionReport, compress
 from .deployment.export import ExportReport, export
+from .deployment.load import load_compressed
+from .deployment.quantizer import CompactConfig  # registers the format of `compress` with Transformers
 from .methods import (
     BIMPConfig,
     IterativeMagnitudePruning,
@@ -33,6 +36,8 @@ __all__ = [
     "BIMPSeq2SeqTrainer",
     "BIMPTrainer",
     "Budget",
+    "CompactConfig",
+    "CompressionReport",
     "CrossEntropy",
     "DenseHistory",
     "ExportReport",
@@ -45,8 +50,10 @@ __all__ = [
     "Pruning",
     "Run",
     "Traits",
+    "compress",
     "export",
     "find_prunable",
+    "load_compressed",
     "load_shrunk",
     "make_masks",
     "make_plan",

@@ -1,8 +1,12 @@
 """A pruned model is pushed to a (local) Hub with its card, and loaded back from there without hf_bimp."""
 
+import json
 import sys
 
+import pytest
+import torch
 import yaml
+from transformers import T5ForConditionalGeneration
 
 from hub_server import client_environment, hub_server
 from processes import output_of
@@ -59,3 +63,39 @@ def test_pushed_model_loads_back_without_hf_bimp(tmp_path):
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["type"] == "half"
     assert "**75.00% of the prunable weights**" in card
     assert 'from_pretrained("user/pruned-t5")' in card
+
+
+LOAD_COMPRESSED = """
+import sys
+import hf_bimp
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+model = AutoModelForSeq2SeqLM.from_pretrained("user/pruned-t5")
+expected = torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
+assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+"""
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_compressed_model_is_pushed_and_the_folder_keeps_the_plain_one(tmp_path, blocking):
+    out = str(tmp_path / "out")
+    train = TRAIN_AND_PUSH.replace("push_to_hub(", f"push_to_hub(compressed=True, blocking={blocking}, ")
+    train = (
+        train.replace("trainer.push", "pushed = trainer.push")
+        + ("" if blocking else "pushed.result()\n")
+        + "assert trainer.args.output_dir == sys.argv[1]\n"
+    )
+    with hub_server() as hub:
+        for program, home in ((train, "home"), (LOAD_COMPRESSED, "other-home")):
+            output_of(sys.executable, "-c", program, out, environment=client_environment(hub, tmp_path / home))
+        repo = hub.repos["user/pruned-t5"]
+        card, config = repo["README.md"].decode(), json.loads(repo["config.json"])
+        assert len(repo["model.safetensors"]) < (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert config["quantization_config"]["quant_method"] == "hf_bimp"
+    assert "import hf_bimp\nfrom transformers" in card and "needs no hf_bimp" not in card
+    plain = T5ForConditionalGeneration.from_pretrained(out)
+    expected = torch.load(tmp_path / "out" / "expected.pt", weights_only=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in plain.state_dict().items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "needs no hf_bimp" in (tmp_path / "out" / "README.md").read_text()

@@ -1,5 +1,7 @@
 """How a run ends: well, with model, metrics, results, pictures and card; or because its weights are no numbers."""
 
+import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..deployment.compress import compress
 from ..reporting.model_card import CardSource, add_to_model_card, write_model_card
 from ..reporting.plots import write_layer_plot, write_plot
 from ..reporting.results import collect_results, final_metrics, measures, sparsities, write_results
@@ -23,6 +26,7 @@ class FinishingHooks(MeasuringHooks):
 
     _bimp_trial = None  # of a hyperparameter search
     divergence: DivergenceWatch | None = None  # while a run trains
+    _bimp_upload: str | None = None  # the folder to push in place of output_dir
     results: dict | None = None  # of the finished run, as in bimp_results.json
     throughput: Throughput
 
@@ -116,8 +120,30 @@ class FinishingHooks(MeasuringHooks):
         step = self.state.best_global_step if is_best else self.state.global_step
         return final_metrics(self.state.log_history, step)
 
+    def push_to_hub(self, *args: Any, compressed: bool = False, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`; with `compressed` what is pushed is what `hf_bimp.compress` makes of output_dir.
+
+        Such a model is loaded after `import hf_bimp`. output_dir keeps the plain checkpoint.
+        """
+        if not compressed:
+            return super().push_to_hub(*args, **kwargs)
+        output_dir, folder = self.args.output_dir, tempfile.TemporaryDirectory(prefix="bimp-push-")
+        self._bimp_upload, pushed = folder.name, None
+        try:
+            pushed = super().push_to_hub(*args, **kwargs)
+        finally:
+            self.args.output_dir, self._bimp_upload = output_dir, None
+            if isinstance(pushed, Future):  # blocking=False: files are read while others go on
+                pushed.add_done_callback(lambda _: folder.cleanup())
+            else:
+                folder.cleanup()
+        return pushed
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes README.md: of its own where the parent's is plain `Trainer`'s, else the parent's with more in it."""
+        """Writes README.md: of its own where the parent's is plain `Trainer`'s, else the parent's with more in it.
+
+        It is the last thing before a push, so that there the folder to push is compressed with it.
+        """
         parent = super().create_model_card
         is_plain = parent.__func__ is Trainer.create_model_card
         with only_a_measure("Writing the model card"):
@@ -128,3 +154,6 @@ class FinishingHooks(MeasuringHooks):
                 is_there = self.results is not None and not self.results["diverged"]
                 source = CardSource(self.bare_model, self.args, self.results if is_there else None, where)
                 write_model_card(source, *args, **kwargs) if is_plain else add_to_model_card(source)
+        if self._bimp_upload is not None and self.is_world_process_zero():
+            logger.info(str(compress(self.args.output_dir, self._bimp_upload)))
+            self.args.output_dir = self._bimp_upload
