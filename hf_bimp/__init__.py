@@ -1,10 +1,12 @@
 """Sparse models out of Hugging Face training scripts: iterative magnitude pruning in one training budget (BIMP)."""
 
 from .arguments import BIMPArguments, BIMPArgumentsMixin, BIMPSeq2SeqArguments
+from .deployment.acceleration import AcceleratedLayer, AccelerationReport, accelerate
 from .deployment.compress import CompressionReport, compress
 from .deployment.export import ExportReport, export
 from .deployment.load import load_compressed
 from .deployment.quantizer import CompactConfig  # registers the format of `compress` with Transformers
+from .deployment.semi_structured import SemiStructuredReport, check_semi_structured, to_semi_structured
 from .methods import (
     BIMPConfig,
     IterativeMagnitudePruning,
@@ -28,6 +30,8 @@ from .trainer import BIMPMixin, BIMPSeq2SeqTrainer, BIMPTrainer, CrossEntropy
 __version__ = "0.1.0"
 
 __all__ = [
+    "AcceleratedLayer",
+    "AccelerationReport",
     "BIMPArguments",
     "BIMPArgumentsMixin",
     "BIMPConfig",
@@ -49,7 +53,10 @@ __all__ = [
     "Plan",
     "Pruning",
     "Run",
+    "SemiStructuredReport",
     "Traits",
+    "accelerate",
+    "check_semi_structured",
     "compress",
     "export",
     "find_prunable",
@@ -62,4 +69,5 @@ __all__ = [
     "save_shrunk",
     "shrink",
     "theoretical_speedup",
+    "to_semi_structured",
 ]

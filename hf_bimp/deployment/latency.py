@@ -25,27 +25,42 @@ class LatencyRow:
 
 def measure(calls: Mapping[str, Callable[[], Any]], sizes: Mapping[str, int]) -> list[LatencyRow]:
     """A row for each of `calls` (name: call), all measured alternately; `sizes` are in bytes, by the same names."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    start, rounds = time.perf_counter(), ROUNDS[1]
-    with tqdm(total=WARM_UP + rounds, unit="round", desc="latency", leave=False) as bar:
-        for done in range(WARM_UP + rounds):
+    times = take_turns(calls)
+    first = next(iter(times))
+    return [
+        LatencyRow(name, median(own) * 1e3, median_ratio(times[first], own), sizes[name])
+        for name, own in times.items()
+    ]
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: tuple[int, int] = ROUNDS,
+    seconds: float = SECONDS,
+    disable_bar: bool = False,
+) -> dict[str, list[float]]:
+    """The seconds of each of `calls` in each round; there are as many as fit into `seconds`, within `rounds`."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, count = time.perf_counter(), rounds[1]
+    with tqdm(total=WARM_UP + count, unit="round", desc="latency", leave=False, disable=disable_bar) as bar:
+        for done in range(WARM_UP + rounds[1]):
             if done == WARM_UP:  # the first ones, which are slower, say how many rounds there can be
                 once = (time.perf_counter() - start) / WARM_UP
-                rounds = min(max(int(SECONDS / max(once, 1e-9)), ROUNDS[0]), ROUNDS[1])
-                bar.total = WARM_UP + rounds
-            if done >= WARM_UP + rounds:
+                count = min(max(int(seconds / max(once, 1e-9)), rounds[0]), rounds[1])
+                bar.total = WARM_UP + count
+            if done >= WARM_UP + count:
                 break
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
-                seconds[name].append(time.perf_counter() - began)
+                times[name].append(time.perf_counter() - began)
             bar.update()
-    times = {name: values[WARM_UP:] for name, values in seconds.items()}
-    first = next(iter(times.values()))
-    return [
-        LatencyRow(name, median(own) * 1e3, median(a / b for a, b in zip(first, own, strict=True)), sizes[name])
-        for name, own in times.items()
-    ]
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """The median of time / other over the rounds."""
+    return median(a / b for a, b in zip(times, others, strict=True))
 
 
 def processor() -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..storage.model_formats import out_of_wrappers
 from .granularity import FilterRule, NOfMRule, WeightRule, parse_n_of_m
@@ -53,8 +54,13 @@ def _n_of_m(
 ) -> tuple[Masks, dict[str, str]]:
     infos = layer_infos(model)
     dimensions = {name: infos[name].input_dim for name in found.weights}
-    inputs = {name: found.weights[name].shape[dimensions[name]] for name in found.weights}
-    reasons = {name: f"its {number} inputs do not divide by {m}" for name, number in inputs.items() if number % m}
+    reasons = {}
+    for name, weight in found.weights.items():
+        # The m inputs are of one output: a group's, which a transposed convolution has one after the other.
+        of_groups = infos[name].groups if issubclass(infos[name].kind, _ConvTransposeNd) else 1
+        inputs = weight.shape[dimensions[name]] // of_groups
+        if inputs % m:
+            reasons[name] = f"its {inputs} inputs do not divide by {m}"
     weights = {name: weight for name, weight in found.weights.items() if name not in reasons}
     _check_not_empty(list(weights), f"{n}:{m}", reasons)
     return Masks(weights, NOfMRule(n, m, dimensions, criterion, seed)), dense | reasons

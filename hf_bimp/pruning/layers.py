@@ -57,7 +57,7 @@ def find_prunable(
     """
     model = out_of_wrappers(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE_MODULES)}
-    _check_layers(model)
+    check_layers(model)
     chosen, skipped = (
         _matching(layers, prune_modules, "prune_modules"),
         _matching(layers, skip_modules, "skip_modules"),
@@ -110,7 +110,7 @@ def _reason_outside_layers(model: nn.Module, name: str) -> str:
     return f"{type(owner).__name__} is no linear or convolution layer"
 
 
-def _check_layers(model: nn.Module) -> None:
+def check_layers(model: nn.Module) -> None:
     """Raises `ValueError` for layers that have no weight of their own yet, with the way to one."""
     for name, module in model.named_modules():
         if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
@@ -130,22 +130,25 @@ def _check_layers(model: nn.Module) -> None:
 class LayerInfo:
     """What the layer of a weight is: its class, and the dimensions of the weight that count outputs and inputs.
 
-    Where a convolution has groups, one of the two counts those of one group.
+    Where a convolution has `groups`, one of the two counts those of one group: the inputs, of transposed ones the
+    outputs.
     """
 
     kind: type[nn.Module]
     output_dim: int
     input_dim: int
+    groups: int = 1
 
 
 def layer_infos(model: nn.Module) -> dict[str, LayerInfo]:
     """Of every linear and convolution layer of `model`, by the name of its weight."""
-    kinds = {id(weight_of(m)): type(m) for m in reversed([*model.modules()]) if isinstance(m, PRUNABLE_MODULES)}
+    layers = {id(weight_of(m)): m for m in reversed([*model.modules()]) if isinstance(m, PRUNABLE_MODULES)}
     infos = {}
     for name, parameter in model.named_parameters():
-        if (kind := kinds.get(id(parameter))) is not None:
-            output_dim = int(issubclass(kind, (_ConvTransposeNd, Conv1D)))
-            infos[name] = LayerInfo(kind, output_dim, 1 - output_dim)
+        if (layer := layers.get(id(parameter))) is not None:
+            output_dim = int(isinstance(layer, (_ConvTransposeNd, Conv1D)))
+            groups = layer.groups if isinstance(layer, _ConvNd) else 1
+            infos[name] = LayerInfo(type(layer), output_dim, 1 - output_dim, groups)
     return infos
 
 

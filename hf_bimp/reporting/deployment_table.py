@@ -1,4 +1,4 @@
-"""What an export is worth, as Markdown: latencies, sizes and metrics, for the log and for the model card."""
+"""What exports and CSR are worth, as Markdown: latencies, sizes and metrics, for the log and for the model card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +35,31 @@ def deployment_section(deployment: Mapping[str, Any]) -> str:
         fixed = [[name, reason] for name, reason in deployment["fixed"].items()]
         parts.append("Not dynamic:\n\n" + table(["size", "why"], fixed))
     return "\n\n".join(parts)
+
+
+def acceleration_section(report: Mapping[str, Any]) -> str:
+    """What `accelerate` measured, as Markdown; `report` is its report as a dict."""
+    batch = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in report["example"].items())
+    where = f"{report['processor']}, {report['threads']} thread{'s' * (report['threads'] != 1)}"
+    told = f"{report['speedup']:.2f} times as fast as the dense model: {report['accelerated_ms']:.4g} ms in place of "
+    told += f"{report['dense_ms']:.4g}, with {escaped(batch)}, on {escaped(where)}."
+    told += f" All layers are dense: {escaped(report['reason'])}." if report["reason"] else ""
+    told += (
+        f" CSR takes {report['extra_bytes'] / 1e6:.3g} MB beside the dense weights." if report["extra_bytes"] else ""
+    )
+    rows = [
+        [
+            layer["name"],
+            " x ".join(map(str, layer["shape"])),
+            f"{layer['sparsity']:.1%}",
+            ", ".join(map(str, dict.fromkeys(layer["rows"]))),
+            *("-" if layer[ms] is None else f"{layer[ms]:.4g}" for ms in ("dense_ms", "csr_ms")),
+            layer["chosen"],
+            layer["reason"],
+        ]
+        for layer in report["layers"]
+    ]
+    return f"{told}\n\n{table(['layer', 'weight', 'zeros', 'rows', 'dense ms', 'CSR ms', 'chosen', 'why'], rows)}"
 
 
 def write_into_card(directory: Path, deployment: Mapping[str, Any]) -> None:

@@ -82,13 +82,21 @@ def _remove_of_layer(module: Any, dim: int, places: list[int]) -> None:
         weight.requires_grad_(trained[kind])
 
 
-def deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.Module:
     """A copy, also where modules hold tensors that a forward pass has computed (`torch.nn.utils.weight_norm`).
 
-    Python's deepcopy alone refuses those.
+    Python's deepcopy alone refuses those. `tensors` are what the copy has in place of the model's, by their ids.
     """
     held = (value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value))
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
+    computed = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+    return copy.deepcopy(model, {**computed, **(tensors or {})})
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy over the memory of `model`, whose parameters take no gradients."""
+    tensors: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return deep_copy(model, tensors)
 
 
 def cpu_copy(model: nn.Module) -> nn.Module:
