@@ -31,7 +31,12 @@ from shared.cli import CONFIGS, parse_config, read_config
 
 DEFAULT_CONFIG = CONFIGS / "compare_digits.yaml"
 ALL_KNOBS = {name for method in METHODS.values() for name in setting_names(method)}
-UNSAVED = {"eval_strategy": "no", "save_strategy": "no", "evaluate_prunings": False}  # trials of a grid
+UNSAVED = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "evaluate_prunings": False,
+    "measure_deployment": False,
+}  # trials of a grid
 
 
 class Comparison:

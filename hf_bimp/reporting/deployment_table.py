@@ -9,12 +9,43 @@ from huggingface_hub import ModelCard
 from .markdown import escaped, shown, table
 
 TITLE = "## Deployment"
+COMPRESS, ACCELERATE, SHRINK = "`hf_bimp.compress`", "`hf_bimp.accelerate`", "`hf_bimp.shrink`"
 
 
 def deployment_section(deployment: Mapping[str, Any]) -> str:
-    """The entry "deployment" of `bimp_results.json` as Markdown; empty where nothing was exported."""
-    if "latency" not in deployment:
-        return ""
+    """The entry "deployment" of `bimp_results.json` as Markdown; empty where there is nothing in it."""
+    parts = [savings_text(deployment["savings"])] if "savings" in deployment else []
+    parts += [_export_section(deployment)] if "latency" in deployment else []
+    return "\n\n".join(parts)
+
+
+def savings_text(savings: Mapping[str, Any]) -> str:
+    """What the zeros save, in two sentences; `savings` is the entry of that name."""
+    dense, compressed = savings["dense_bytes"], savings["compressed_bytes"]
+    is_shrunk = savings["means"] == "shrink"
+    how = f"Shrunk and compressed ({SHRINK}, {COMPRESS})" if is_shrunk else f"Compressed ({COMPRESS})"
+    size = (
+        f"{how}, the weights take {_size(compressed)} in place of {_size(dense)}: {dense / compressed:.2f} times less."
+    )
+    means = SHRINK if is_shrunk else ACCELERATE
+    if savings["speedup"] is None:
+        return f"{size} Speed was not measured with {means}: {escaped(savings['reason'])}"
+    batch = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in savings["example"].items())
+    where = f"{savings['processor']}, {savings['threads']} thread{'s' * (savings['threads'] != 1)}"
+    here = f"with {escaped(batch)} on {escaped(where)}"
+    if savings["reason"]:
+        return f"{size} No speed is gained by {means} {here}: {escaped(savings['reason'])}."
+    return (
+        f"{size} A forward pass measures {savings['speedup']:.2f} times as fast by {means}, "
+        f"{savings['sparse_ms']:.3g} ms in place of {savings['dense_ms']:.3g}, {here}."
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.2f} kB"
+
+
+def _export_section(deployment: Mapping[str, Any]) -> str:
     rows = [
         [row["name"], f"{row['milliseconds']:.4g} ms", f"{row['speedup']:.2f}", f"{row['bytes'] / 1e6:.2f} MB"]
         for row in deployment["latency"]

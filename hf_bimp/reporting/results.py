@@ -192,8 +192,11 @@ def sparsities(model: nn.Module, masks: Masks) -> dict[str, Any]:
 
 def measures(results: dict) -> dict[str, float]:
     """What the log says of a finished run, as numbers that trackers can plot."""
+    savings = results.get("deployment", {}).get("savings", {})
     single = {
         "theoretical_speedup": results["theoretical_speedup"],
+        "measured_speedup": savings.get("speedup"),
+        "size_compressed": savings.get("compressed_bytes"),
         "sparsity": results["sparsity"]["prunable"],
         "collapsed_layers": len(results["collapsed_layers"]),
         **results["throughput"],

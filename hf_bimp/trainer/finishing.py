@@ -1,6 +1,8 @@
 """How a run ends: well, with model, metrics, results, pictures and card; or because its weights are no numbers."""
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,31 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..deployment.compress import compress
+from ..deployment.savings import MOST_WEIGHTS, measure_savings
+from ..reporting.deployment_table import savings_text
 from ..reporting.model_card import CardSource, add_to_model_card, write_model_card
 from ..reporting.plots import write_layer_plot, write_plot
 from ..reporting.results import collect_results, final_metrics, measures, sparsities, write_results
 from ..reporting.throughput import Throughput
+from ..reproducibility import preserved_random_state
 from ..storage import integrity
 from .divergence import DivergenceWatch
 from .measuring import MeasuringHooks, only_a_measure
 
 logger = logging.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """In it, Transformers' progress bars are shown only if `shown`, and if they were before."""
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 class FinishingHooks(MeasuringHooks):
@@ -78,19 +96,39 @@ class FinishingHooks(MeasuringHooks):
             self.save_model(self.args.output_dir, _internal_call=True)
         history = self.state.log_history
         summary = next((entry for entry in reversed(history) if "train_loss" in entry), None)
+        savings = self._measured_savings()
         try:
             if self.eval_dataset is not None and not self._metrics_of_final_model():
                 with only_a_measure("The evaluation of the final model"), self.measured_model():
                     self.evaluate(ignore_keys=self._ignore_keys_around_pruning)
             with only_a_measure("Summing the run up"):
-                self._write_results()
+                self._write_results(savings=savings)
                 self.log(measures(self.results))
         finally:
             if summary is not None:  # scripts read Trainer's own summary off the end
                 history[:] = [entry for entry in history if entry is not summary] + [summary]
 
-    def _write_results(self, diverged: bool = False) -> None:
-        """Of the run as far as it got; pictures too, unless it has diverged."""
+    def _measured_savings(self) -> dict[str, Any]:
+        """What the zeros save on this machine; empty where `measure_deployment` is off or has no use."""
+        model = self.bare_model
+        weights = list(model.parameters())
+        is_wanted = self.args.measure_deployment and self._bimp_trial is None and self.is_world_process_zero()
+        is_small = sum(weight.numel() for weight in weights) <= MOST_WEIGHTS
+        is_here = all(weight.device.type == "cpu" for weight in weights)
+        if not (is_wanted and is_small and is_here and self.method.masks.sparsity):
+            return {}
+        with only_a_measure("Measuring what the zeros save"), preserved_random_state(), self.measured_model():
+            inputs = None
+            with contextlib.suppress(ValueError):
+                inputs = self._bimp_example_inputs()
+            with _bars(not self.args.disable_tqdm):
+                savings = measure_savings(model, inputs, self.args.granularity == "filter").to_dict()
+            print(savings_text(savings), flush=True)
+            return savings
+        return {}
+
+    def _write_results(self, diverged: bool = False, savings: dict[str, Any] | None = None) -> None:
+        """Of the run as far as it got, with what the zeros save; pictures too, unless it has diverged."""
         rate = self.throughput.per_second()
         self.results = collect_results(
             self.method,
@@ -104,6 +142,8 @@ class FinishingHooks(MeasuringHooks):
             self._bimp_run.stays_dense,
             diverged,
         )
+        if savings:
+            self.results["deployment"] = {"savings": savings}
         if not self.is_world_process_zero():
             return
         directory = self._get_output_dir(self._bimp_trial)

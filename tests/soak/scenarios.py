@@ -131,7 +131,8 @@ def _accuracy(prediction) -> dict[str, float]:
 
 def build(output_dir: str, scenario: dict[str, Any]) -> BIMPTrainer:
     """The scenario's trainer, of a model of its own."""
-    settings = {"max_steps": STEPS, "save_strategy": "steps", "logging_steps": 1} | scenario
+    settings = {"max_steps": STEPS, "save_strategy": "steps", "logging_steps": 1, "measure_deployment": False}
+    settings |= scenario
     settings.pop("processes", None)
     torch.manual_seed(0)
     name = settings.pop("model")
