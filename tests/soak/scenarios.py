@@ -59,8 +59,7 @@ def draw(method: str, rng: random.Random) -> dict[str, Any]:
         scenario["finetune_ratio"] = 0.2
     if method == "gmp":
         scenario |= rng.choice([{}, {"gmp_hard": True}, {"gmp_schedule": "cyclic"}])
-        if scenario.get("gmp_hard"):
-            scenario.pop("lr_scheduler_type", None)  # it has a rate of its own
+        scenario.pop("lr_scheduler_type", None)  # it has a schedule of its own
     elif method == "bimp":
         scenario |= _of_bimp(scenario["model"], rng)
     if traits.allocations and method != "dense" and "granularity" not in scenario:
