@@ -50,20 +50,15 @@ def check_export(
     read_results(directory)
 
 
-def check_inference(name: str, model: nn.Module, what: str = "exported", in_training: bool = False) -> None:
-    """Raises `ValueError` for a model that is not ready for inference; `what` is to be done with it.
-
-    `in_training`: whether training mode does no harm.
-    """
+def check_inference(name: str, model: nn.Module, done: str = "exported") -> None:
+    """Raises `ValueError` for a model that is not ready for inference, and to be `done`."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must be an nn.Module, not a {type(model).__name__}. Load the model first.")
     check_model(model)
-    if in_training:
-        return
     trains = next((child for child, module in model.named_modules() if module.training), None)
     if trains is not None:
         where = f"its {trains}" if trains else "it"
-        raise ValueError(f"{name} cannot be {what} while {where} is in training mode. Call {name}.eval() first.")
+        raise ValueError(f"{name} cannot be {done} while {where} is in training mode. Call {name}.eval() first.")
 
 
 def check_packages(names: list[str]) -> None:

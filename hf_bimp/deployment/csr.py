@@ -44,7 +44,7 @@ class CsrLayer(nn.Module):
 
     `weight` stays the dense parameter, so that state dicts, files and ties are those of the dense layer. The CSR
     follows it: it is made anew when the weight has changed, and is neither copied nor pickled. In training, for other
-    types than float32, under autocast and where gradients flow the layer is the dense one.
+    types than float32, under autocast, where gradients flow, compiled or exported the layer is the dense one.
     """
 
     weight: Tensor
@@ -59,6 +59,8 @@ class CsrLayer(nn.Module):
         """The weight in CSR, None where `x` takes the dense one."""
         fits = x.dtype == self.weight.dtype == torch.float32 and x.device == self.weight.device and x.numel() > 0
         if self.training or not fits or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return None

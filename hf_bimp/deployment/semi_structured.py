@@ -16,6 +16,7 @@ from ..pruning.structured.surgery import frozen_copy
 from ..pruning.structured.tracing import shared_weights
 from ..reporting.markdown import table
 from ..storage.model_formats import out_of_wrappers
+from ..support import check_model
 from .checks import check_inference
 
 BACKENDS = {"cuSPARSELt": CuSparseLt, "CUTLASS": Cutlass}  # in the order in which they are taken
@@ -89,7 +90,9 @@ def check_semi_structured(model: nn.Module) -> SemiStructuredReport:
 
         print(hf_bimp.check_semi_structured(model.half()))
     """
-    check_inference("model", model, "checked", in_training=True)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}. Load the model first.")
+    check_model(model)
     model = out_of_wrappers(model)
     check_layers(model)
     shared = shared_weights(model)
