@@ -100,10 +100,7 @@ def check_compress(model_or_directory: Any, output_dir: Path, dtype: Any, level:
 def _check_compressible(model: nn.Module) -> None:
     check_inference("model", model, "compressed")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            f"The model is quantized ({model.hf_quantizer.quantization_config.quant_method}). Compress the model "
-            "before it is quantized."
-        )
+        raise ValueError("The model is quantized. Compress it before it is quantized.")
     abstract = next((name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)), None)
     if abstract is not None:
         raise ValueError(f"{abstract} is on the meta device and has no values. Load the whole model first.")

@@ -129,29 +129,36 @@ def decode(blob: np.ndarray, where: str) -> Tensor:
     Raises `ValueError` where the bytes are not what `encode` returns, before a tensor is allocated, and `ImportError`
     where they need zstandard.
     """
+    header, positions, signed, values = read_streams(blob, where)
+    integer = np.dtype(f"int{8 * header.itemsize}")
+    bits = np.zeros(header.numel, integer)
+    bits[positions] = values.view(integer)
+    if signed is not None:
+        bits[signed] = np.iinfo(integer).min
+    return torch.from_numpy(bits).view(getattr(torch, header.dtype)).view(header.shape)
+
+
+def read_streams(blob: np.ndarray, where: str) -> tuple[Header, np.ndarray, np.ndarray | None, np.ndarray]:
+    """What `decode` makes a tensor of, checked: the positions of values and of negative zeros, the bytes of values.
+
+    Raises as `decode` does.
+    """
     header, start = read_header(blob, len(blob), where)
     stored = blob[start : start + header.bytes]
-    if zlib.crc32(stored) != header.crc32:
+    if zlib.crc32(stored.data) != header.crc32:
         raise damaged(where, "its checksum is not the one that was written")
     raw = stored if header.compression is None else _decompressed(stored, header.raw_bytes, where)
     signs = header.negative_zeros
     at = header.values.bytes + (signs.bytes if signs else 0)
     positions = _read_positions(raw[: header.values.bytes], header.values, header.numel, where)
-    signed = signs and _read_positions(raw[header.values.bytes : at], signs, header.numel, where)
-    integer = np.dtype(f"int{8 * header.itemsize}")
+    signed = None if signs is None else _read_positions(raw[header.values.bytes : at], signs, header.numel, where)
     values = raw[at:]
-    if header.compression is not None:
-        planes, values = (
-            values.reshape(header.itemsize, -1),
-            np.empty((header.values.count, header.itemsize), np.uint8),
-        )
-        for i, plane in enumerate(planes):
-            values[:, i] = plane
-    bits = np.zeros(header.numel, integer)
-    bits[positions] = np.frombuffer(values.tobytes() if values.ctypes.data % 8 else values, integer)
-    if signed is not None:
-        bits[signed] = np.iinfo(integer).min
-    return torch.from_numpy(bits).view(getattr(torch, header.dtype)).view(header.shape)
+    if header.compression is None:
+        return header, positions, signed, values.copy()  # aligned
+    planes, values = values.reshape(header.itemsize, -1), np.empty((header.values.count, header.itemsize), np.uint8)
+    for i, plane in enumerate(planes):
+        values[:, i] = plane
+    return header, positions, signed, values.reshape(-1)
 
 
 def _decompressed(stored: np.ndarray, size: int, where: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from .compressed_files import StoredSize, weight_files, write_compressed
 from .compressed_folder import copy_rest, moved_at_once
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-EMBEDDINGS = re.compile(r"(^|[._])(\w*embed\w*|shared|wte|wpe|relative_attention_bias)\.")  # names of tensors
+EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|shared|wte|wpe|relative_attention_bias)(\.weight)?$")  # names of tensors
 
 logger = logging.get_logger(__name__)
 

@@ -1,6 +1,5 @@
 """Compressed checkpoints in Transformers' own loading: registered as a quantizer that leaves a plain dense model."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compact import VERSION, is_compact, read_header
+from .compact import VERSION, is_compact, read_header, read_streams
 from .compressed_files import check_compressed, compact_version, decoded, where
 
 NAME = "hf_bimp"
@@ -29,7 +28,8 @@ class CompactConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, format: str = "compact", version: int = VERSION, **kwargs: Any):
-        self.quant_method, self.format, self.version = NAME, format, version
+        self.quant_method: Any = NAME  # Transformers' own are an enumeration
+        self.format, self.version = format, version
         if format != "compact" or type(version) is not int or not 1 <= version <= VERSION:
             raise ValueError(
                 f"quantization_config in config.json says format={format!r}, version={version!r}, and this hf_bimp "
@@ -40,9 +40,11 @@ class CompactConfig(QuantizationConfigMixin):
 class _AsItIs(ConversionOps):
     """One stored tensor is one weight."""
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         (tensors,) = input_dict.values()
-        return {full_layer_name: tensors[0]}
+        return {kwargs["full_layer_name"]: tensors[0]}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -69,10 +71,17 @@ class _Decoding(WeightConverter):
         super().add_tensor(target_key, source_key, source_pattern, future)
         self.names.setdefault(source_pattern, []).append(source_key)
 
-    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Any]:
         if isinstance(self.operations[0], _AsItIs):
-            self.expected = model.get_parameter_or_buffer(layer_name).shape if model is not None else None
-        return super().convert(layer_name, model=model, **kwargs)
+            self.expected = getattr(model.get_parameter_or_buffer(layer_name), "shape", None)
+        return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
     def materialize_tensors(self) -> dict[str, list[Tensor]]:
         collected = super().materialize_tensors()
@@ -87,7 +96,8 @@ class _Decoding(WeightConverter):
         what = where(self.path, name)
         if self.expected is not None:
             shape = read_header(tensor.numpy(), len(tensor), what)[0].shape
-            if math.prod(shape) != self.expected.numel():
+            if shape != self.expected:
+                read_streams(tensor.numpy(), what)
                 return torch.zeros(()).expand(shape)  # for Transformers' own error of sizes; nothing is allocated
         weight = decoded(tensor, what)
         return weight if self.dtype is None or not weight.is_floating_point() else weight.to(self.dtype)
@@ -99,7 +109,9 @@ class CompactQuantizer(HfQuantizer):
 
     path: str | None = None  # of the compressed file
 
-    def preprocess_model(self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def preprocess_model(
+        self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
         """Raises `ValueError` where a file is damaged, `ImportError` where zstandard is missing; reads no weights."""
         for path in checkpoint_files or ():
             if str(path).endswith(".safetensors") and compact_version(path) is not None:
