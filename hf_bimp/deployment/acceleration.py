@@ -69,8 +69,9 @@ def accelerate(model: nn.Module, example_inputs: Inputs, *, min_speedup: float =
     always have the same weights, and takes more for the CSR alone (about a fifth of the dense weights at 90 % zeros).
     `example_inputs`: what its forward takes, as a tensor, a tuple or a dict of tensors (labels are dropped). Layers
         are chosen at their sizes; other sizes work too, and may gain less.
-    `min_speedup`: how many times faster a layer has to be by CSR (1.1). Where the whole model is not at least 1.02 times
-        as fast as the dense one, all layers stay dense; with 0 nothing is compared, and CSR taken wherever there are zeros enough.
+    `min_speedup`: how many times faster a layer has to be by CSR (1.1). Where the whole model is not at least 1.02
+        times as fast as the dense one, all layers stay dense. With 0 CSR is taken for every layer with at least half
+        of its weights zero, whatever is measured.
 
     Linear layers, Transformers' `Conv1D` and 1x1 convolutions are tried, each on the rows that it gets of the example.
     The copy's `acceleration_report` tells what was measured and chosen. Its state dict, and what `save_pretrained`

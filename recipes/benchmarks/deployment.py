@@ -40,10 +40,8 @@ def sizes() -> None:
     """Of the linear layers of BERT-base with 4 layers, without its embeddings, and of the whole model."""
     torch.manual_seed(0)
     bert = BertModel(BertConfig(num_hidden_layers=4)).eval()
-    print("\nBERT-base of 4 layers: times smaller, and the time to load as a multiple of that of the dense file\n")
-    print(
-        "| zeros | type | layers, no zstd | layers, zstd-3 | whole model, zstd-3 (cap) | load, no zstd | load, zstd-3 |"
-    )
+    print("\nBERT-base of 4 layers: times smaller, and the time to load as a multiple of the dense file's\n")
+    print("| zeros | type | layers | layers, zstd-3 | whole model, zstd-3 (cap) | load | load, zstd-3 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for sparsity in SPARSITIES:
         prune(bert, sparsity)
