@@ -4,7 +4,6 @@ from .arguments import BIMPArguments, BIMPArgumentsMixin, BIMPSeq2SeqArguments
 from .deployment.compress import CompressionReport, compress
 from .deployment.export import ExportReport, export
 from .deployment.load import load_compressed
-from .deployment.quantizer import CompactConfig  # registers the format of `compress` with Transformers
 from .methods import (
     BIMPConfig,
     IterativeMagnitudePruning,
@@ -36,7 +35,6 @@ __all__ = [
     "BIMPSeq2SeqTrainer",
     "BIMPTrainer",
     "Budget",
-    "CompactConfig",
     "CompressionReport",
     "CrossEntropy",
     "DenseHistory",

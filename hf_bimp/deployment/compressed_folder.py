@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 @contextmanager
 def moved_at_once(directory: Path, last: str) -> Iterator[Path]:
     """A temporary folder on the same disk, whose files go to `directory` if nothing fails, `last` after the others."""
-    existing = next(path for path in (directory.parent, *directory.parent.parents) if path.exists())
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
     temporary = Path(tempfile.mkdtemp(prefix=".compress-", dir=existing))
     folder = temporary / "new"
     folder.mkdir()
