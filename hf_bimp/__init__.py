@@ -5,7 +5,6 @@ from .deployment.acceleration import AcceleratedLayer, AccelerationReport, accel
 from .deployment.compress import CompressionReport, compress
 from .deployment.export import ExportReport, export
 from .deployment.load import load_compressed
-from .deployment.quantizer import CompactConfig  # registers the format of `compress` with Transformers
 from .deployment.semi_structured import SemiStructuredReport, check_semi_structured, to_semi_structured
 from .methods import (
     BIMPConfig,
@@ -40,7 +39,6 @@ __all__ = [
     "BIMPSeq2SeqTrainer",
     "BIMPTrainer",
     "Budget",
-    "CompactConfig",
     "CompressionReport",
     "CrossEntropy",
     "DenseHistory",

@@ -186,6 +186,22 @@ def test_a_base_model_a_head_and_another_number_of_labels(tmp_path: Path) -> Non
     assert other.classifier.weight.shape == (3, 64) and other.classifier.weight.abs().sum() > 0
 
 
+def test_device_maps(tmp_path: Path) -> None:
+    for kind in ("bert", "mixtral"):
+        model = made(kind)
+        hf_bimp.compress(model, tmp_path / kind)
+        assert_same(type(model).from_pretrained(tmp_path / kind, device_map="cpu"), model)
+    offloaded = type(model).from_pretrained(
+        tmp_path / "mixtral",
+        device_map={"model.layers.0": "disk"}
+        | dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu"),
+        offload_folder=tmp_path / "offload",
+    )
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
 LOAD = """
 import sys
 import hf_bimp
@@ -532,7 +548,31 @@ def test_versions_to_come(tmp_path: Path) -> None:
         BertForMaskedLM.from_pretrained(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_importing_it_twice_registers_once() -> None:
     forget = "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('hf_bimp')]"
     program = f"import sys, hf_bimp; {forget}; import hf_bimp"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_failure_in_the_middle_leaves_the_folder_before(tmp_path: Path) -> None:
+    model = made("bert")
+    hf_bimp.compress(model, tmp_path / "small")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
+    with torch.no_grad():
+        model.cls.predictions.transform.dense.weight[0, 0] = 1e30
+    with pytest.raises(ValueError, match="beyond 65,504"):
+        hf_bimp.compress(model, tmp_path / "small", dtype=torch.float16)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
+
+
+def test_a_model_that_is_given_is_left_alone(tmp_path: Path) -> None:
+    model = made("mixtral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    report = hf_bimp.compress(model, tmp_path, "bfloat16")
+    assert torch.equal(torch.get_rng_state(), state) and not hasattr(model.config, "quantization_config")
+    assert_same(model, before)
+    assert json.loads(json.dumps(report.to_dict()))["ratio"] == report.ratio
+    assert_same(hf_bimp.load_compressed(tmp_path, model), hf_bimp.load_compressed(tmp_path))

@@ -2,8 +2,9 @@
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -54,6 +55,11 @@ class CompressionReport:
     def cap(self) -> float:
         """How many times smaller the file can be at most, because of the dense embeddings."""
         return 1 / self.embedding_share if self.embedding_share else float("inf")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: all of it but the directory."""
+        shares = {"ratio": self.ratio, "embedding_share": self.embedding_share}
+        return {name: value for name, value in asdict(self).items() if name != "directory"} | shares
 
     def __str__(self) -> str:
         text = (

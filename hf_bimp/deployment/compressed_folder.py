@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..pruning.structured.shrink import SHRUNK_NAME
+from ..reporting.model_card import DENSE_SIZE, PLAIN
 from ..storage.files import write_json
 from ..storage.run_state import MASKS_NAME, METHOD_NAME, STATISTICS_NAME
 from .compact import VERSION
@@ -34,15 +35,12 @@ LEFT = (
     *(MASKS_NAME, METHOD_NAME, STATISTICS_NAME, SAFE_WEIGHTS_INDEX_NAME),
 )
 CARD = "README.md"
-PLAIN = (
-    "It is a plain checkpoint and needs no hf_bimp:",
-    "Zeros alone make no file smaller and no dense kernel faster: the checkpoint has the size of the dense one.",
-)
-COMPRESSED = (
-    "Its zeros are not stored: `pip install 'hf_bimp[deploy]'`, and `import hf_bimp` before (what is no model of "
-    "Transformers is loaded by `hf_bimp.load_compressed(folder)`):",
-    "Zeros make no dense kernel faster.",
-)
+# What the card says of a plain checkpoint, and what of a compressed one.
+SAID = {
+    PLAIN: "Its zeros are not stored: `pip install 'hf_bimp[deploy]'`, and `import hf_bimp` before (what is no model "
+    "of Transformers is loaded by `hf_bimp.load_compressed(folder)`):",
+    DENSE_SIZE: "It is stored without its zeros, by `hf_bimp.compress`.",
+}
 
 
 def quantization_config() -> dict[str, Any]:
@@ -67,7 +65,7 @@ def copy_rest(source: Path, folder: Path, output_dir: Path, dtype: torch.dtype |
         write_json(shrunk, _read(shrunk) | {"dtype": str(dtype).removeprefix("torch.")})
     if (card := folder / CARD).is_file():
         text = card.read_text(encoding="utf-8")
-        for old, new in zip(PLAIN, COMPRESSED, strict=True):
+        for old, new in SAID.items():
             text = text.replace(old, new)
         text = text.replace("```python\nfrom transformers", "```python\nimport hf_bimp\nfrom transformers")
         card.write_text(text, encoding="utf-8")
@@ -99,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
 @contextmanager
 def moved_at_once(directory: Path, last: str) -> Iterator[Path]:
     """A temporary folder on the same disk, whose files go to `directory` if nothing fails, `last` after the others."""
-    existing = next(path for path in (directory.parent, *directory.parent.parents) if path.exists())
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
     temporary = Path(tempfile.mkdtemp(prefix=".compress-", dir=existing))
     folder = temporary / "new"
     folder.mkdir()

@@ -15,15 +15,16 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..pruning.structured.shrink import SHRUNK_NAME, load_shrunk
 from ..storage.model_formats import build
+from . import quantizer  # noqa: F401  registers the format with Transformers
 from .compressed_files import compact_version, read_compressed
 
 
 def load_compressed(directory: str | Path, model: nn.Module | None = None) -> Any:
     """The model that `compress` wrote to `directory`, dense, on the CPU and in evaluation mode.
 
-    Models of Transformers, timm and segmentation-models-pytorch, shrunk or not, are built from their configs, and so
-    are a Transformers model's class and tokenizer-free rest. Of any other module the folder has the weights alone: the
-    state dict is returned, or with `model`, the architecture, a copy of it with these weights.
+    Models of Transformers, timm and segmentation-models-pytorch, shrunk or not, are built from their configs. Of any
+    other module the folder has the weights alone: its state dict is returned, unless `model` gives the architecture,
+    of which a copy gets the weights.
     Raises `ValueError` where the folder or the file is damaged, not of `compress`, or of another architecture, and
     `ImportError` where zstandard is needed and missing.
 
@@ -40,6 +41,8 @@ def load_compressed(directory: str | Path, model: nn.Module | None = None) -> An
                     (Path(folder) / name).write_bytes((directory / name).read_bytes())
             save_file(read_compressed(weights), Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
             return load_shrunk(folder, model)
+    if isinstance(model, PreTrainedModel):
+        return type(model).from_pretrained(directory)
     if model is not None:
         return _filled(copy.deepcopy(model).cpu(), read_compressed(weights), weights)
     config = _config(directory)
@@ -47,8 +50,8 @@ def load_compressed(directory: str | Path, model: nn.Module | None = None) -> An
         kind = getattr(transformers, next(iter(config.get("architectures") or ["AutoModel"])), None)
         if not (isinstance(kind, type) and (issubclass(kind, PreTrainedModel) or kind is transformers.AutoModel)):
             raise ValueError(
-                f"{directory}: its class {config['architectures'][0]} is none of Transformers. Import hf_bimp and "
-                "call from_pretrained of its own class."
+                f"{directory}: its class {config['architectures'][0]} is none of Transformers. Call from_pretrained "
+                "of its own class."
             )
         return kind.from_pretrained(directory)
     for library, key in (("timm", "architecture"), ("segmentation_models_pytorch", "_model_class")):

@@ -20,6 +20,10 @@ HUB_LIBRARIES = {
     "timm": "timm",
     "segmentation_models_pytorch": "segmentation-models-pytorch",
 }
+# Two sentences that are no longer true of a compressed copy, whose folder has others in their place.
+PLAIN = "It is a plain checkpoint and needs no hf_bimp:"
+DENSE_SIZE = "The checkpoint has the size of the dense one: `hf_bimp.compress` stores it without its zeros."
+FASTER = "`hf_bimp.accelerate` leaves them out of the computation where that measures faster on a CPU."
 TAGS = ("hf_bimp", "pruned", "sparse", "generated_from_trainer")
 
 
@@ -155,17 +159,14 @@ def _sections(source: CardSource) -> list[str]:
         *("## Measures", _measures(results)),
         *((TITLE, deployment) if (deployment := deployment_section(results.get("deployment", {}))) else ()),
         *sections,
-        "The checkpoint has the size of the dense one. `hf_bimp.compress` stores it without its zeros; "
-        "`hf_bimp.accelerate` leaves them out of the computation where that measures faster on a CPU."
-        + _shrinking(source.args),
+        f"{DENSE_SIZE} {FASTER}" + _shrinking(source.args),
         *("## Training", _hyperparameters(source.args, results)),
     ]
 
 
 def _loading(source: CardSource) -> str:
-    needs = "only its architecture from hf_bimp" if is_own(source.model) else "no hf_bimp"
-    code = loading_code(source.model, source.where)
-    return f"It is a plain checkpoint and needs {needs}:\n\n```python\n{code}\n```"
+    needs = "It is a plain checkpoint and needs only its architecture from hf_bimp:" if is_own(source.model) else PLAIN
+    return f"{needs}\n\n```python\n{loading_code(source.model, source.where)}\n```"
 
 
 def _measures(results: dict) -> str:
