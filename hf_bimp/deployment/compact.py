@@ -18,7 +18,7 @@ MAGIC = b"BIMP"
 DTYPES = ("float64", "float32", "float16", "bfloat16", "uint8")
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # of a type of so many bytes
 _ALIGNMENT = 8  # bytes; whatever is stored behind a compact tensor is aligned
-_LONGEST_HEADER = 1 << 16  # bytes
+_LONGEST_HEADER = 1 << 12  # bytes
 _ESCAPE = 255  # a gap byte: so many zeros, and no value behind them
 _MOST_COMPRESSION = 16  # by zstd: streams that shrink more are stored as they are, so that a small file stays small
 
@@ -186,12 +186,10 @@ def _read_positions(stream: np.ndarray, told: Stream, numel: int, where: str) ->
         or int(stream.sum(dtype=np.int64)) + told.count != numel
     ):
         raise damaged(where, f"its gaps do not lead through {numel:,} elements with {told.count:,} values")
-    after = np.cumsum(stream, dtype=np.int64)
-    if told.count + 1 < told.bytes:
-        after = after[ends]
-    after = after[:-1]
-    after += np.arange(told.count)
-    return after
+    steps = stream + ends  # from one position to the next, at most 255
+    steps[0] -= 1
+    positions = np.cumsum(steps, dtype=np.int64)
+    return (positions if told.count + 1 == told.bytes else positions[ends])[:-1]
 
 
 def read_header(start: np.ndarray, size: int, where: str) -> tuple[Header, int]:
