@@ -48,6 +48,8 @@ def test_ends_as_sparse_as_it_says(tmp_path, method, optimizer, bf16) -> None:
     assert json.loads((tmp_path / "bimp_results.json").read_text())["method"] == method
     assert (tmp_path / "bimp_run.png").exists()
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    zeros = torch.cat([weight[weight == 0] for weight in matrices(trainer.model).values()])
+    assert not zeros.signbit().any()  # a sign would take a bit each in a compressed file
 
 
 @pytest.mark.parametrize(

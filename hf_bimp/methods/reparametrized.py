@@ -93,7 +93,7 @@ class Reparametrized(DenseBehind):
         for name, weight in self.masks.weights.items():
             final = self.final(self.behind[name], self.extras[name])
             squares += (exact(weight) - exact(final)).square().sum().item()
-            weight.copy_(final)
+            weight.copy_(final).add_(0.0)  # -0.0 becomes 0.0: compressed files keep signs, at a bit a weight
             self.extras[name].grad = None  # the optimizer has no more to do with it
         self.behind = {}
         self.masks.keep_zeros()
