@@ -92,6 +92,16 @@ def test_a_speed_that_is_not_measured_has_a_reason(change, example, reason) -> N
     assert savings.compressed_bytes <= savings.dense_bytes == sum(p.nbytes for p in model.parameters())
 
 
+def test_a_card_that_is_written_later_keeps_what_an_export_has_added(tmp_path) -> None:
+    trainer = trained(tmp_path)
+    path = tmp_path / "bimp_results.json"
+    results = json.loads(path.read_text())
+    results["deployment"]["savings"]["processor"] = "Another one"
+    path.write_text(json.dumps(results))
+    trainer.create_model_card()
+    assert "Another one" in (tmp_path / "README.md").read_text()
+
+
 def test_a_failure_does_not_end_the_run(tmp_path, monkeypatch, caplog) -> None:
     def fail(*args: object) -> None:
         raise OSError("broken")

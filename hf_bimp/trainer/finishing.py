@@ -16,7 +16,7 @@ from ..deployment.savings import MOST_WEIGHTS, measure_savings
 from ..reporting.deployment_table import savings_text
 from ..reporting.model_card import CardSource, add_to_model_card, write_model_card
 from ..reporting.plots import write_layer_plot, write_plot
-from ..reporting.results import collect_results, final_metrics, measures, sparsities, write_results
+from ..reporting.results import collect_results, final_metrics, measures, read_results, sparsities, write_results
 from ..reporting.throughput import Throughput
 from ..reproducibility import preserved_random_state
 from ..storage import integrity
@@ -191,9 +191,15 @@ class FinishingHooks(MeasuringHooks):
                 parent(*args, **kwargs)
             if self.is_world_process_zero():
                 where = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
-                is_there = self.results is not None and not self.results["diverged"]
-                source = CardSource(self.bare_model, self.args, self.results if is_there else None, where)
+                source = CardSource(self.bare_model, self.args, self._results_for_card(), where)
                 write_model_card(source, *args, **kwargs) if is_plain else add_to_model_card(source)
         if self._bimp_upload is not None and self.is_world_process_zero():
             logger.info(str(compress(self.args.output_dir, self._bimp_upload)))
             self.args.output_dir = self._bimp_upload
+
+    def _results_for_card(self) -> dict[str, Any] | None:
+        """Those of the finished run, with what an export has added to the file since."""
+        if self.results is None or self.results["diverged"]:
+            return None
+        on_disk = read_results(Path(self.args.output_dir)) or {}
+        return self.results | {name: on_disk[name] for name in ("deployment",) if name in on_disk}
