@@ -109,10 +109,12 @@ class _Alarm(TrainerCallback):
 
 
 def _kill_at_operation(folder: str, number: int) -> None:
-    count = 0
+    count, process = 0, os.getpid()
 
     def hook(event: str, args: tuple) -> None:
         nonlocal count
+        if os.getpid() != process:  # a worker of a loader, which inherits the hook
+            return
         if event == "open":
             mode, flags = args[1], args[2]
             writes = any(c in mode for c in "wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
