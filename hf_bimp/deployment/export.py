@@ -245,4 +245,4 @@ def _tell(report: ExportReport, directory: Path) -> None:
     if results is not None:
         results["deployment"] = results.get("deployment", {}) | report.to_dict()
         write_results(str(directory), results)
-        write_into_card(directory, results["deployment"])
+        write_into_card(directory, results)

@@ -25,18 +25,25 @@ SECONDS = 2.0  # of the measurement of a shrunk model
 
 
 @dataclass(frozen=True)
-class Savings:
-    """What `measure_savings` found.
+class Size:
+    """Bytes of the weights as they are and as `compress` stores them, with `compression` ("zstd") or without (None).
 
-    `dense_bytes`, `compressed_bytes`: of the weights, as they are and as `compress` stores them (of the shrunk model
-    where `means` is "shrink"), with `compression` ("zstd") or without (None). `speedup`: how many times faster a
-    forward pass is by `means` ("accelerate" or "shrink"); None where it was not measured. `reason`: why there is no
-    speedup, or none was measured. `example`: shapes of the inputs.
+    Of the shrunk model where `means` is "shrink", else that is empty.
     """
 
     dense_bytes: int
     compressed_bytes: int
     compression: str | None
+    means: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How many times faster a forward pass is by `means` ("accelerate" or "shrink"); None where it was not measured.
+
+    `reason`: why there is no speedup, or none was measured. `example`: shapes of the inputs.
+    """
+
     means: str
     speedup: float | None
     dense_ms: float | None
@@ -46,8 +53,16 @@ class Savings:
     processor: str
     threads: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The entry "savings" of "deployment" in `bimp_results.json`."""
+
+@dataclass(frozen=True)
+class Savings:
+    """What `measure_savings` found: sizes, which are always the same, and speeds, which a clock decides."""
+
+    size: Size
+    speed: Speed
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """For JSON."""
         return asdict(self)
 
 
@@ -74,15 +89,20 @@ def measure_savings(model: nn.Module, example_inputs: Inputs | None, whole_filte
     except (ValueError, RuntimeError) as error:  # what shrink and accelerate refuse, and say why
         reason = str(error)
     return Savings(
-        dense_bytes=sum(tensor.nbytes for tensor in _tensors(model)),
-        compressed_bytes=compressed_bytes(small),
-        compression=None if _level() is None else "zstd",
-        means=means,
-        **({"speedup": None, "dense_ms": None, "sparse_ms": None} | times),
-        reason=reason,
-        example=example,
-        processor=processor(),
-        threads=torch.get_num_threads(),
+        Size(
+            dense_bytes=sum(tensor.nbytes for tensor in _tensors(model)),
+            compressed_bytes=compressed_bytes(small),
+            compression=None if _level() is None else "zstd",
+            means=means if small is not model else "",
+        ),
+        Speed(
+            means=means,
+            **({"speedup": None, "dense_ms": None, "sparse_ms": None} | times),
+            reason=reason,
+            example=example,
+            processor=processor(),
+            threads=torch.get_num_threads(),
+        ),
     )
 
 

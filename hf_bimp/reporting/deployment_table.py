@@ -12,32 +12,38 @@ TITLE = "## Deployment"
 COMPRESS, ACCELERATE, SHRINK = "`hf_bimp.compress`", "`hf_bimp.accelerate`", "`hf_bimp.shrink`"
 
 
-def deployment_section(deployment: Mapping[str, Any]) -> str:
-    """The entry "deployment" of `bimp_results.json` as Markdown; empty where there is nothing in it."""
-    parts = [savings_text(deployment["savings"])] if "savings" in deployment else []
+def deployment_section(deployment: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> str:
+    """The entry "deployment" of `bimp_results.json` as Markdown; empty where there is nothing in it.
+
+    `speed`: what the run measured at its end, the entry "inference" of "throughput".
+    """
+    parts = [savings_text(deployment["size"], speed)] if "size" in deployment and speed else []
     parts += [_export_section(deployment)] if "latency" in deployment else []
     return "\n\n".join(parts)
 
 
-def savings_text(savings: Mapping[str, Any]) -> str:
-    """What the zeros save, in two sentences; `savings` is the entry of that name."""
-    dense, compressed = savings["dense_bytes"], savings["compressed_bytes"]
-    is_shrunk = savings["means"] == "shrink"
-    how = f"Shrunk and compressed ({SHRINK}, {COMPRESS})" if is_shrunk else f"Compressed ({COMPRESS})"
-    size = (
-        f"{how}, the weights take {_size(compressed)} in place of {_size(dense)}: {dense / compressed:.2f} times less."
-    )
-    means = SHRINK if is_shrunk else ACCELERATE
-    if savings["speedup"] is None:
-        return f"{size} Speed was not measured with {means}: {escaped(savings['reason'])}"
-    batch = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in savings["example"].items())
-    where = f"{savings['processor']}, {savings['threads']} thread{'s' * (savings['threads'] != 1)}"
+def section_of(results: Mapping[str, Any]) -> str:
+    """The same of all that is in `bimp_results.json`."""
+    return deployment_section(results.get("deployment", {}), results.get("throughput", {}).get("inference"))
+
+
+def savings_text(size: Mapping[str, Any], speed: Mapping[str, Any]) -> str:
+    """What the zeros save, in two sentences."""
+    dense, compressed = size["dense_bytes"], size["compressed_bytes"]
+    how = f"Shrunk and compressed ({SHRINK}, {COMPRESS})" if size["means"] == "shrink" else f"Compressed ({COMPRESS})"
+    less = f"{dense / compressed:.2f} times less" if compressed else "nothing"
+    told = f"{how}, the weights take {_size(compressed)} in place of {_size(dense)}, {less}."
+    means = SHRINK if speed["means"] == "shrink" else ACCELERATE
+    if speed["speedup"] is None:
+        return f"{told} Speed was not measured with {means}: {escaped(speed['reason'])}"
+    batch = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in speed["example"].items())
+    where = f"{speed['processor']}, {speed['threads']} thread{'s' * (speed['threads'] != 1)}"
     here = f"with {escaped(batch)} on {escaped(where)}"
-    if savings["reason"]:
-        return f"{size} No speed is gained by {means} {here}: {escaped(savings['reason'])}."
+    if speed["reason"]:
+        return f"{told} No speed is gained by {means} {here}: {escaped(speed['reason'])}."
     return (
-        f"{size} A forward pass measures {savings['speedup']:.2f} times as fast by {means}, "
-        f"{savings['sparse_ms']:.3g} ms in place of {savings['dense_ms']:.3g}, {here}."
+        f"{told} A forward pass measures {speed['speedup']:.2f} times as fast by {means}, "
+        f"{speed['sparse_ms']:.3g} ms in place of {speed['dense_ms']:.3g}, {here}."
     )
 
 
@@ -93,8 +99,8 @@ def acceleration_section(report: Mapping[str, Any]) -> str:
     return f"{told}\n\n{table(['layer', 'weight', 'zeros', 'rows', 'dense ms', 'CSR ms', 'chosen', 'why'], rows)}"
 
 
-def write_into_card(directory: Path, deployment: Mapping[str, Any]) -> None:
-    """Puts the section into the model card in `directory`, in place of an older one, if there is a card."""
+def write_into_card(directory: Path, results: Mapping[str, Any]) -> None:
+    """Puts the section of a run's `results` into the model card in `directory`, in place of an older one, if there is a card."""
     path = directory / "README.md"
     if not path.is_file():
         return
@@ -102,7 +108,8 @@ def write_into_card(directory: Path, deployment: Mapping[str, Any]) -> None:
     before, _, rest = card.text.partition(f"\n{TITLE}\n")
     _, _, after = rest.partition("\n## ")
     after = f"\n\n## {after.rstrip()}" if after else ""
-    card.text = f"{before.rstrip()}\n\n{TITLE}\n\n{deployment_section(deployment)}{after}\n"
+    section = f"{before.rstrip()}\n\n{TITLE}\n\n{section_of(results)}"
+    card.text = f"{section}{after}\n"
     part = path.with_name(path.name + ".part")
     try:
         card.save(part)

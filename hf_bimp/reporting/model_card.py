@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import BIMPArgumentsMixin
 from ..storage.model_formats import is_own, library_of, loading_code
-from .deployment_table import TITLE, deployment_section
+from .deployment_table import TITLE, section_of
 from .markdown import escaped, shown, table
 from .plots import LAYERS_PLOT_NAME
 from .results import MOST_ROWS, is_number
@@ -157,7 +157,7 @@ def _sections(source: CardSource) -> list[str]:
         *("## Results", _metrics_table(results)),
         *("## How it was pruned", _plan_rows(results)),
         *("## Measures", _measures(results)),
-        *((TITLE, deployment) if (deployment := deployment_section(results.get("deployment", {}))) else ()),
+        *((TITLE, deployment) if (deployment := section_of(results)) else ()),
         *sections,
         f"{DENSE_SIZE} {FASTER}" + _shrinking(source.args),
         *("## Training", _hyperparameters(source.args, results)),

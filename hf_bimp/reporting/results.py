@@ -192,14 +192,15 @@ def sparsities(model: nn.Module, masks: Masks) -> dict[str, Any]:
 
 def measures(results: dict) -> dict[str, float]:
     """What the log says of a finished run, as numbers that trackers can plot."""
-    savings = results.get("deployment", {}).get("savings", {})
+    throughput = dict(results["throughput"])
+    speed = throughput.pop("inference", {})
     single = {
         "theoretical_speedup": results["theoretical_speedup"],
-        "measured_speedup": savings.get("speedup"),
-        "size_compressed": savings.get("compressed_bytes"),
+        "measured_speedup": speed.get("speedup"),
+        "size_compressed": results.get("deployment", {}).get("size", {}).get("compressed_bytes"),
         "sparsity": results["sparsity"]["prunable"],
         "collapsed_layers": len(results["collapsed_layers"]),
-        **results["throughput"],
+        **throughput,
     }
     stability = {f"pruning_stability_{name}": value for name, value in results["pruning_stability"].items()}
     layers = {f"layer_sparsity/{name}": value for name, value in results["sparsity"]["per_layer"].items()}
