@@ -100,7 +100,7 @@ def acceleration_section(report: Mapping[str, Any]) -> str:
 
 
 def write_into_card(directory: Path, results: Mapping[str, Any]) -> None:
-    """Puts the section of a run's `results` into the model card in `directory`, in place of an older one, if there is a card."""
+    """Puts the section of a run's `results` into the model card in `directory`, if there is one, for an older one."""
     path = directory / "README.md"
     if not path.is_file():
         return
