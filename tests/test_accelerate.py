@@ -372,6 +372,8 @@ def test_what_cannot_be_accelerated_is_refused_with_the_way_out() -> None:
         hf_bimp.accelerate(compiled, x)
     with pytest.raises(ValueError, match="does not take the example_inputs"):
         hf_bimp.accelerate(mlp(), torch.randn(5, 23))
+    with pytest.raises(ValueError, match="no tensor with a row in them. Give a batch, such as"):
+        hf_bimp.accelerate(mlp(), torch.randn(0, 24))
     with pytest.raises(ValueError, match="must be an nn.Module, not a dict"):
         hf_bimp.accelerate({}, x)
     for odd in (-1, float("nan"), "1.1"):

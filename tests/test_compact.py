@@ -132,6 +132,7 @@ def test_shapes_beyond_32_bits_are_numbers_as_others() -> None:
 BASE = encode(sparse(0.9, 100, 100))
 ZSTD = encode(sparse(0.9, 100, 100), 3)
 MASK = encode(sparse(0.5, 100, 100))
+ZEROS = encode(torch.zeros(100, 100))
 
 
 def gaps(**changes: object) -> dict:
@@ -162,6 +163,8 @@ HOSTILE = {
     "other encoding": with_header(BASE, **gaps(encoding="runs")),
     "other type": with_header(BASE, dtype="complex64"),
     "code for a type": with_header(BASE, dtype="hub.load"),
+    "whole numbers of two dimensions": with_header(ZEROS, dtype="uint8"),
+    "floats of one dimension": with_header(ZEROS, shape=[10_000]),
     "other compression": with_header(BASE, compression="lzma"),
     "raw as zstd": with_header(BASE, compression="zstd"),
     "zstd as raw": with_header(ZSTD, compression=None),

@@ -3,14 +3,17 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from helpers import (
+    FEATURES,
     At,
     Classifier,
     classification_items,
@@ -32,6 +35,16 @@ class Plain(Classifier):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)["logits"]
+
+
+class Stream(IterableDataset):
+    """Items without a number, which one process reads and shares out."""
+
+    def __init__(self, items: list):
+        self.items = items
+
+    def __iter__(self) -> Iterator:
+        return iter(self.items)
 
 
 def plain() -> Plain:
@@ -64,6 +77,7 @@ def train(
     accumulation: int,
     count: int = WHOLE,
     unlabelled: bool = False,
+    streamed: bool = False,
     rank: int = 0,
     **changes,
 ) -> None:
@@ -96,7 +110,7 @@ def train(
     trainer = BIMPTrainer(
         model=model,
         args=BIMPArguments(**run_arguments(folder, **(defaults | changes))),
-        train_dataset=items,
+        train_dataset=Stream(items) if streamed else items,
     )
 
     def keep(prefix: str):
@@ -203,7 +217,15 @@ def test_two_processes_learn_the_same_by_any_method(tmp_path, two_processes, met
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
 
 
+def test_two_processes_that_share_out_a_stream_measure_what_its_zeros_save(two_processes):
+    """One measures, but both take part in reading what it measures on."""
+    results = json.loads((two_processes / "streamed" / "bimp_results.json").read_text())
+    assert results["deployment"]["savings"]["example"] == {"x": [2, FEATURES]}
+
+
 if __name__ == "__main__":
+    stream = {"rank": int(os.environ["RANK"]), "streamed": True, "retrain_schedule": "allr"}
+    train(Path(sys.argv[1]) / "streamed", "classifier", 4, 1, **stream)
     for method, knobs in METHODS.items():
         rank = int(os.environ["RANK"])
         train(Path(sys.argv[1]) / method, "classifier", 4, 1, rank=rank, method=method, **knobs)

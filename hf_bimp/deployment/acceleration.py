@@ -66,7 +66,8 @@ def accelerate(model: nn.Module, example_inputs: Inputs, *, min_speedup: float =
     """A copy of `model` for inference on this CPU, whose sparse layers compute by CSR where that measures faster.
 
     `model`: in evaluation mode, float32, on the CPU; it is left as it is. The copy shares its memory, so that both
-    always have the same weights, and takes more for the CSR alone (about a fifth of the dense weights at 90 % zeros).
+    always have the same weights (but for changes through `.data`, which torch does not count: the CSR misses them),
+    and takes more for the CSR alone (about a fifth of the dense weights at 90 % zeros).
     `example_inputs`: what its forward takes, as a tensor, a tuple or a dict of tensors (labels are dropped). Layers
         are chosen at their sizes; other sizes work too, and may gain less.
     `min_speedup`: how many times faster a layer has to be by CSR (1.1). Where the whole model is not at least 1.02

@@ -234,6 +234,8 @@ def _problem(header: Header, room: int) -> str | None:
         return "its header has something else than numbers where sizes must be"
     if header.dtype not in DTYPES or header.compression not in (None, "zstd"):
         return f"its type is {str(header.dtype):.20}, compressed by {str(header.compression):.20}"
+    if (header.dtype == "uint8") != (len(header.shape) == 1):
+        return f"its type is {header.dtype}, and its shape {list(header.shape)}"
     if not 0 <= room - header.bytes < _ALIGNMENT:
         return f"{room:,} bytes are stored in place of {header.bytes:,}: it was cut off, or its header is wrong"
     most = header.bytes * (1 if header.compression is None else _MOST_COMPRESSION)

@@ -68,13 +68,11 @@ def read_example(model: nn.Module, inputs: Inputs) -> Example:
     tensors = {name: as_cpu(value) for name, value in given.items() if torch.is_tensor(value)}
     constants = {name: value for name, value in given.items() if name not in tensors}
     odd = [name for name, value in constants.items() if not isinstance(value, (bool, int, float, str, type(None)))]
-    if odd or not any(tensor.ndim for tensor in tensors.values()):
-        what = (
-            f"{odd[0]} is a {type(constants[odd[0]]).__name__}" if odd else "there is no tensor with a batch in them"
-        )
+    if odd or not any(tensor.ndim and tensor.numel() for tensor in tensors.values()):
+        what = f"{odd[0]} is a {type(constants[odd[0]]).__name__}" if odd else "there is no tensor with a row in them"
         raise ValueError(
             f"example_inputs must be a tensor, a tuple or a dict of tensors (and numbers), but {what}. Give a batch, "
-            " such as next(iter(dataloader))."
+            "such as next(iter(dataloader))."
         )
     return Example(tensors, constants, order, _axes(tensors))
 

@@ -112,7 +112,7 @@ class FinishingHooks(MeasuringHooks):
         """What the zeros save on this machine; empty where `measure_deployment` is off or has no use."""
         model = self.bare_model
         weights = list(model.parameters())
-        is_wanted = self.args.measure_deployment and self._bimp_trial is None and self.is_world_process_zero()
+        is_wanted = self.args.measure_deployment and self._bimp_trial is None
         is_small = sum(weight.numel() for weight in weights) <= MOST_WEIGHTS
         is_here = all(weight.device.type == "cpu" for weight in weights)
         if not (is_wanted and is_small and is_here and self.method.masks.sparsity):
@@ -120,7 +120,9 @@ class FinishingHooks(MeasuringHooks):
         with only_a_measure("Measuring what the zeros save"), preserved_random_state(), self.measured_model():
             inputs = None
             with contextlib.suppress(ValueError):
-                inputs = self._bimp_example_inputs()
+                inputs = self._bimp_example_inputs()  # in every process: their loaders share out what one has read
+            if not self.is_world_process_zero():
+                return {}
             with _bars(not self.args.disable_tqdm):
                 savings = measure_savings(model, inputs, self.args.granularity == "filter").to_dict()
             print(savings_text(savings["size"], savings["speed"]), flush=True)
