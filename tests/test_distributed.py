@@ -220,7 +220,7 @@ def test_two_processes_learn_the_same_by_any_method(tmp_path, two_processes, met
 def test_two_processes_that_share_out_a_stream_measure_what_its_zeros_save(two_processes):
     """One measures, but both take part in reading what it measures on."""
     results = json.loads((two_processes / "streamed" / "bimp_results.json").read_text())
-    assert results["deployment"]["savings"]["example"] == {"x": [2, FEATURES]}
+    assert results["throughput"]["inference"]["example"] == {"x": [2, FEATURES]}
 
 
 if __name__ == "__main__":
