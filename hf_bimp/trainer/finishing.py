@@ -21,6 +21,7 @@ from ..reporting.throughput import Throughput
 from ..reproducibility import preserved_random_state
 from ..storage import integrity
 from .divergence import DivergenceWatch
+from .example_inputs import check_readable_twice, fitting_example
 from .measuring import MeasuringHooks, only_a_measure
 
 logger = logging.get_logger(__name__)
@@ -118,16 +119,22 @@ class FinishingHooks(MeasuringHooks):
         if not (is_wanted and is_small and is_here and self.method.masks.sparsity):
             return {}
         with only_a_measure("Measuring what the zeros save"), preserved_random_state(), self.measured_model():
-            inputs = None
-            with contextlib.suppress(ValueError):
-                inputs = self._bimp_example_inputs()  # in every process: their loaders share out what one has read
+            inputs = self._inputs_to_measure_on()  # in every process: their loaders share out what one has read
             if not self.is_world_process_zero():
                 return {}
+            model.eval()  # a forward that another library has put in its place may run in a copy, too
             with _bars(not self.args.disable_tqdm):
                 savings = measure_savings(model, inputs, self.args.granularity == "filter").to_dict()
             print(savings_text(savings["size"], savings["speed"]), flush=True)
             return savings
         return {}
+
+    def _inputs_to_measure_on(self) -> Any:
+        """The first training items; None where the model does not take them as they are, or they come only once."""
+        with contextlib.suppress(Exception):  # data and models are anybody's code
+            check_readable_twice(self.train_dataset)
+            return fitting_example(self.bare_model, self._first_batch(), lambda: None)
+        return None
 
     def _write_results(self, diverged: bool = False, savings: dict[str, Any] | None = None) -> None:
         """Of the run as far as it got, with what the zeros save; pictures too, unless it has diverged."""
