@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/deployment.py [--only sizes products models exports]
 
-Ten minutes on one thread. The weights are random, and the smallest of each layer zero: speed does not depend on their
+Four minutes on one thread. The weights are random, and the smallest of each layer zero: speed does not depend on their
 values, and trained ones compress a little better. All that is compared takes turns in the same run. The section
 "Smaller and faster" of README has this run's figures. Needs hf_bimp[deploy].
 """
