@@ -20,6 +20,7 @@ from hf_bimp.deployment.inputs import Batches, read_example
 from hf_bimp.deployment.latency import measure
 from hf_bimp.deployment.onnx_export import difference
 from hf_bimp.pruning.structured.groups import find_filter_groups
+from processes import output_of
 from shrinkable import MODELS, images, make, t5, tokens, zero_half
 
 MAPS = images(4)
@@ -377,3 +378,26 @@ def test_shrunk_models(name: str, tmp_path: Path) -> None:
     report = hf_bimp.export(shrunk(name), tmp_path, MODELS[name][1](0), "openvino", dense_model=make(name))
     assert report.fixed == {} and report.max_difference < 1e-5
     assert report.latency[1].bytes < report.latency[0].bytes
+
+
+SIGNAL_AFTER_EXPORT = """
+import faulthandler, os, signal, sys
+faulthandler.enable()
+import torch
+from torch import nn
+import hf_bimp
+
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+batch = torch.randn(4, 3, 8, 8)
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+hf_bimp.export(model, sys.argv[1], batch, "openvino", batch)
+os.kill(os.getpid(), signal.SIGUSR1)
+assert heard == [1]
+print("alive")
+"""
+
+
+def test_signals_are_handled_after_an_int8_export(tmp_path: Path) -> None:
+    """OpenVINO and nncf free the stack that handlers run on."""
+    assert "alive" in output_of(sys.executable, "-c", SIGNAL_AFTER_EXPORT, tmp_path / "out")

@@ -27,6 +27,7 @@ from .latency import LatencyRow, measure, processor
 from .onnx_export import TOLERANCE, TensorsOnly, compare, export_onnx, free_axes, of_library
 from .openvino_export import write_int8, write_openvino
 from .runtimes import OnnxRuntime, OpenVino, as_numpy
+from .signal_stack import preserved_signal_stack
 
 ONNX, OPENVINO, INT8 = "model.onnx", "openvino_model.xml", "openvino_model_int8.xml"
 FILES = {"onnx": (ONNX,), "openvino": (OPENVINO, INT8)}  # whose presence says that all else is whole
@@ -111,7 +112,7 @@ def export(
     check_export(models, directory, format, int8_calibration, eval_dataset, compute_metrics)
     model = out_of_wrappers(model)
     example = read_example(model, example_inputs)
-    with preserved_random_state():
+    with preserved_random_state(), preserved_signal_stack():
         source = TensorsOnly(model, example)
         example, fixed = free_axes(source, example)
         dense = None if dense_model is None else TensorsOnly(dense_model, example)
