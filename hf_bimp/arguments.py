@@ -110,7 +110,7 @@ class BIMPArgumentsMixin(*FLAT_CONFIGS):
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor of each milestone."})
     evaluate_prunings: bool = field(
         default=True,
-        metadata={"help": "Evaluate before and after each pruning of bimp (100 of more), and the last of others."},
+        metadata={"help": "Evaluate before and after the prunings of bimp (100 where there are more), others' last."},
     )
     measure_deployment: bool = field(
         default=True, metadata={"help": "On the CPU, up to 300 M weights: measure at the end what the zeros save."}

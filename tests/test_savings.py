@@ -8,7 +8,7 @@ from torch import nn
 
 import hf_bimp
 from helpers import classification_items, classifier, snapshot, tiny_t5, translation_items
-from hf_bimp.deployment import savings as savings_module
+from hf_bimp.deployment import compact
 from hf_bimp.deployment.savings import compressed_bytes, measure_savings
 from shrinkable import images, make
 from trainers import make_trainer
@@ -76,7 +76,7 @@ def test_whole_filters_are_shrunk() -> None:
     savings = measure_savings(model.train(), example, whole_filters=True)
     small = hf_bimp.shrink(model, example)
     size, speed = savings.size, savings.speed
-    assert size.means == speed.means == "shrink" and speed.speedup > 0 and speed.reason == ""
+    assert size.is_shrunk and speed.means == "shrink" and speed.speedup > 0 and speed.reason == ""
     assert size.compressed_bytes == compressed_bytes(small)
     assert size.compressed_bytes <= sum(t.nbytes for t in small.state_dict().values()) < size.dense_bytes
     assert model.training and all(p.requires_grad for p in model.parameters())
@@ -122,7 +122,7 @@ def test_sizes_without_zstd(monkeypatch) -> None:
     with torch.no_grad():
         model.weight.masked_fill_(torch.rand(64, 64) < 0.9, 0.0)
     with_zstd = compressed_bytes(model)
-    monkeypatch.setattr(savings_module, "zstandard", missing)
+    monkeypatch.setattr(compact, "zstandard", missing)
     assert measure_savings(model, None).size.compression is None
     assert with_zstd <= compressed_bytes(model) < 0.2 * 64 * 64 * 4
 

@@ -12,11 +12,11 @@ from transformers.utils import CONFIG_NAME
 from ..reporting.results import read_results
 from ..storage.disk import check_folder
 from ..support import check_model
-from .compressed_files import compact_version, weight_files
+from .compressed_files import STORED, compact_version, weight_files
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 HIGHEST_LEVEL = 22  # of zstd
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in STORED]
 PACKAGES = {"onnx": _ONNX, "openvino": (*_ONNX, "openvino")}
 
 

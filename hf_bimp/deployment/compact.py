@@ -15,6 +15,7 @@ from torch import Tensor
 
 VERSION = 1
 MAGIC = b"BIMP"
+LEVEL = 3  # of zstd, by default
 DTYPES = ("float64", "float32", "float16", "bfloat16", "uint8")
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # of a type of so many bytes
 _ALIGNMENT = 8  # bytes; whatever is stored behind a compact tensor is aligned
@@ -74,6 +75,15 @@ def can_be_compact(dtype: str, shape: Any) -> bool:
     One dimension is what a compact tensor has itself, so that no reader can take one for the weight.
     """
     return dtype in ("F64", "F32", "F16", "BF16") and len(shape) > 1
+
+
+def level_here(level: int | None) -> int | None:
+    """`level` of zstd, None where its package is missing."""
+    try:
+        zstandard()
+    except ImportError:
+        return None
+    return level
 
 
 def encode(tensor: Tensor, level: int | None = None, even_if_larger: bool = False) -> bytes | None:

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..pruning.structured.shrink import save_shrunk
+from ..storage.files import moved_at_once
 from ..storage.model_formats import build, out_of_wrappers, savable_state, write_config
 from .checks import check_compress
-from .compact import zstandard
+from .compact import LEVEL, level_here
 from .compressed_files import StoredSize, weight_files, write_compressed
-from .compressed_folder import copy_rest, moved_at_once
+from .compressed_folder import copy_rest
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|shared|wte|wpe|relative_attention_bias)(\.weight)?$")  # names of tensors
 
 logger = logging.get_logger(__name__)
@@ -79,7 +79,7 @@ def compress(
     model_or_directory: nn.Module | str | Path,
     output_dir: str | Path,
     dtype: torch.dtype | str | None = None,
-    level: int | None = 3,
+    level: int | None = LEVEL,
 ) -> CompressionReport:
     """Writes a sparse model to the folder `output_dir`, its weights in one safetensors file without their zeros.
 
@@ -105,11 +105,11 @@ def compress(
     """
     output_dir = Path(output_dir).absolute()
     check_compress(model_or_directory, output_dir, dtype, level)
-    chosen = DTYPES[str(dtype).removeprefix("torch.")] if dtype is not None else None
+    chosen = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
     level = _level(level)
-    with moved_at_once(output_dir, last=SAFE_WEIGHTS_NAME) as folder:
+    with moved_at_once(output_dir, last=[SAFE_WEIGHTS_NAME]) as folder:
         if isinstance(model_or_directory, nn.Module):
-            with tempfile.TemporaryDirectory(prefix=".dense-", dir=folder.parent) as dense:
+            with tempfile.TemporaryDirectory(prefix=".dense-", dir=folder) as dense:
                 _save(out_of_wrappers(model_or_directory), Path(dense))
                 sizes = _compress_folder(Path(dense), folder, output_dir, chosen, level)
         else:
@@ -121,14 +121,10 @@ def compress(
 
 
 def _level(level: int | None) -> int | None:
-    if level is None:
-        return None
-    try:
-        zstandard()
-    except ImportError:
+    here = level_here(level)
+    if here != level:
         logger.warning("zstandard is not installed: the file is written without zstd. pip install zstandard")
-        return None
-    return level
+    return here
 
 
 def _compress_folder(

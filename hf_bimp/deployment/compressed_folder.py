@@ -1,11 +1,7 @@
-"""What is in a compressed checkpoint's folder beside the weights: copied, adapted, and moved there at once."""
+"""What is in a compressed checkpoint's folder beside the weights: copied and adapted."""
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +88,3 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def moved_at_once(directory: Path, last: str) -> Iterator[Path]:
-    """A temporary folder on the same disk, whose files go to `directory` if nothing fails, `last` after the others."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    temporary = Path(tempfile.mkdtemp(prefix=".compress-", dir=existing))
-    folder = temporary / "new"
-    folder.mkdir()
-    try:
-        yield folder
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / last).unlink(missing_ok=True)
-        for path in sorted(folder.rglob("*"), key=lambda path: path == folder / last):
-            if path.is_file():
-                target = directory / path.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

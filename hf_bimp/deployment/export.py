@@ -1,11 +1,9 @@
 """`hf_bimp.export`: ONNX, OpenVINO and int8 files of a model, compared, measured and told."""
 
-import contextlib
 import functools
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ..pruning.structured.tracing import Inputs
 from ..reporting.deployment_table import deployment_section, write_into_card
 from ..reporting.results import read_results, write_results
 from ..reproducibility import preserved_random_state
+from ..storage.files import moved_at_once
 from ..storage.model_formats import out_of_wrappers
 from .checks import check_export
 from .evaluation import Evaluation
@@ -122,11 +121,16 @@ def export(
         evaluation = None
         if eval_dataset is not None and compute_metrics is not None:
             evaluation = Evaluation(Batches(eval_dataset, "eval_dataset", model, example), compute_metrics)
-        with _moved_at_once(directory, format) as folder:
+        with moved_at_once(directory, FILES[format], _beside(format)) as folder:
             exported = _Exported(folder, format, source, example, fixed, calibration)
             report = exported.report(directory, dense, evaluation)
     _tell(report, directory)
     return report
+
+
+def _beside(format: str) -> list[str]:
+    """What an older export may have left beside the files of a format: their weights."""
+    return [beside for name in FILES[format] for beside in (f"{name}.data", str(Path(name).with_suffix(".bin")))]
 
 
 def _calibration(model: nn.Module, example: Example, data: Iterable | None) -> list[Tensors]:
@@ -215,26 +219,6 @@ def _bytes(path: Path) -> int:
 def _weights(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-
-
-@contextlib.contextmanager
-def _moved_at_once(directory: Path, format: str) -> Iterator[Path]:
-    """A folder on the same disk, whose files go to `directory` if nothing fails, in place of older ones.
-
-    The files that name the others go first and come last.
-    """
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=existing))
-    try:
-        yield folder
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in FILES[format]:
-            for old in (name, f"{name}.data", str(Path(name).with_suffix(".bin"))):
-                (directory / old).unlink(missing_ok=True)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name in FILES[format]):
-            path.replace(directory / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell(report: ExportReport, directory: Path) -> None:

@@ -15,12 +15,12 @@ from ..pruning.structured.tracing import Inputs, call
 from ..reproducibility import preserved_random_state
 from ..storage.model_formats import savable_state
 from .acceleration import AccelerationReport, accelerate
-from .compact import encode, zstandard
+from .compact import LEVEL, can_be_compact, encode, level_here
+from .compressed_files import STORED
 from .inputs import read_example
 from .latency import median_ratio, processor, take_turns
 
 MOST_WEIGHTS = 300_000_000
-LEVEL = 3  # of zstd, as in `compress`
 SECONDS = 2.0  # of the measurement of a shrunk model
 
 
@@ -28,13 +28,13 @@ SECONDS = 2.0  # of the measurement of a shrunk model
 class Size:
     """Bytes of the weights as they are and as `compress` stores them, with `compression` ("zstd") or without (None).
 
-    Of the shrunk model where `means` is "shrink", else that is empty.
+    `is_shrunk`: the latter of the shrunk model.
     """
 
     dense_bytes: int
     compressed_bytes: int
     compression: str | None
-    means: str
+    is_shrunk: bool
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Savings:
 def measure_savings(model: nn.Module, example_inputs: Inputs | None, whole_filters: bool = False) -> Savings:
     """Measures what the zeros of `model` save on this CPU; that takes a few seconds.
 
-    The model is left as it is, in whatever mode. `example_inputs`: what its forward takes; None where
-    that is not known, and only the size is measured. `whole_filters`: whether
-    filters are wholly zero, so that the model is shrunk; else it is accelerated. What these refuse is the `reason`.
+    The model is left as it is, in whatever mode. `example_inputs`: what its forward takes; None where that is not
+    known, and only the size is measured. `whole_filters`: whether filters are wholly zero, so that the model is
+    shrunk; else it is accelerated. What these refuse is the `reason`.
     """
     model = frozen_copy(model).eval()
     means, reason, small, times = ("shrink" if whole_filters else "accelerate"), "", model, {}
@@ -92,8 +92,8 @@ def measure_savings(model: nn.Module, example_inputs: Inputs | None, whole_filte
         Size(
             dense_bytes=sum(tensor.nbytes for tensor in _tensors(model)),
             compressed_bytes=compressed_bytes(small),
-            compression=None if _level() is None else "zstd",
-            means=means if small is not model else "",
+            compression=None if level_here(LEVEL) is None else "zstd",
+            is_shrunk=small is not model,
         ),
         Speed(
             means=means,
@@ -128,9 +128,10 @@ def _shrunk_times(model: nn.Module, small: nn.Module, inputs: Inputs) -> dict[st
 
 def compressed_bytes(model: nn.Module) -> int:
     """The bytes that the weights of `model` take as `compress` stores them; nothing is written."""
-    level, total = _level(), 0
+    level, total = level_here(LEVEL), 0
     for tensor in logging.tqdm(_tensors(model), desc="Size compressed", leave=False):
-        compact = encode(tensor, level) if tensor.ndim > 1 and tensor.is_floating_point() else None
+        is_float = can_be_compact(STORED.get(tensor.dtype, ""), tensor.shape)
+        compact = encode(tensor, level) if is_float else None
         total += tensor.nbytes if compact is None else len(compact)
     return total
 
@@ -139,11 +140,3 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     """Those of the state dict, on the CPU, tied ones once."""
     found = {(t.data_ptr(), t.shape, t.stride()): t for t in savable_state(model).values() if torch.is_tensor(t)}
     return [tensor.detach().cpu() for tensor in found.values()]
-
-
-def _level() -> int | None:
-    try:
-        zstandard()
-    except ImportError:
-        return None
-    return LEVEL

@@ -30,7 +30,7 @@ def section_of(results: Mapping[str, Any]) -> str:
 def savings_text(size: Mapping[str, Any], speed: Mapping[str, Any]) -> str:
     """What the zeros save, in two sentences."""
     dense, compressed = size["dense_bytes"], size["compressed_bytes"]
-    how = f"Shrunk and compressed ({SHRINK}, {COMPRESS})" if size["means"] == "shrink" else f"Compressed ({COMPRESS})"
+    how = f"Shrunk and compressed ({SHRINK}, {COMPRESS})" if size["is_shrunk"] else f"Compressed ({COMPRESS})"
     less = f"{dense / compressed:.2f} times less" if compressed else "nothing"
     told = f"{how}, the weights take {_size(compressed)} in place of {_size(dense)}, {less}."
     means = SHRINK if speed["means"] == "shrink" else ACCELERATE

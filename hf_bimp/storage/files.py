@@ -1,8 +1,11 @@
 """Writing files whole or not at all."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Set
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,27 @@ def write_json(path: Path, content: dict) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def moved_at_once(directory: Path, last: Collection[str], gone: Collection[str] = ()) -> Iterator[Path]:
+    """A folder on the same disk, whose files go to `directory` if nothing fails, in place of older ones.
+
+    Files named in `last` say that the others are whole: they are removed first, with those in `gone`, and come last.
+    """
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    folder = Path(tempfile.mkdtemp(prefix=".part-", dir=existing))
+    try:
+        yield folder
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (*last, *gone):
+            (directory / name).unlink(missing_ok=True)
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for file in sorted(files, key=lambda file: str(file) in last):
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).replace(directory / file)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_json(value: Any, has_nan: bool = False) -> Any:

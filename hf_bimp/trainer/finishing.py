@@ -211,5 +211,5 @@ class FinishingHooks(MeasuringHooks):
         """Those of the finished run, with what an export has added to the file since."""
         if self.results is None or self.results["diverged"]:
             return None
-        on_disk = read_results(Path(self.args.output_dir)) or {}
-        return self.results | {name: on_disk[name] for name in ("deployment",) if name in on_disk}
+        on_disk = read_results(Path(self.args.output_dir)) or self.results
+        return self.results | {"deployment": on_disk.get("deployment", {})}

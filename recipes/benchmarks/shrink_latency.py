@@ -38,23 +38,36 @@ def megabytes(directory: str) -> float:
     return (Path(directory) / "model.safetensors").stat().st_size / 1e6
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def image_parser(description: str | None) -> argparse.ArgumentParser:
+    """The model, how much of it goes, and the batch."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cifar_resnet56", help="of timm (cifar_resnet56)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of the filters that go (0.5)")
     parser.add_argument("--batch_size", type=int, default=128, help="images of a batch (128)")
     parser.add_argument("--size", type=int, default=32, help="height and width of the images (32)")
-    parser.add_argument("--repeats", type=int, default=20, help="counted passes of each model (20)")
-    return parser.parse_args()
+    return parser
+
+
+def dense_and_masked(
+    name: str, sparsity: float, batch_size: int, size: int
+) -> tuple[nn.Module, nn.Module, torch.Tensor, int, int]:
+    """Two models of random weights, of one of which a share of the filters is zero, and a batch, channels last.
+
+    With how many weights were pruned, and how many stay dense.
+    """
+    torch.manual_seed(0)
+    batch = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    dense, masked = (timm.create_model(name).eval() for _ in range(2))
+    masks, stay_dense = make_masks(masked, lambda: batch[:2], granularity="filter")
+    masks.prune(sparsity)
+    return dense, masked, batch, len(masks.weights), len(stay_dense)
 
 
 def main() -> None:
-    args = parse_arguments()
-    torch.manual_seed(0)
-    batch = torch.randn(args.batch_size, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
-    dense, masked = (timm.create_model(args.model).eval() for _ in range(2))
-    masks, stay_dense = make_masks(masked, lambda: batch[:2], granularity="filter")
-    masks.prune(args.sparsity)
+    parser = image_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=20, help="counted passes of each model (20)")
+    args = parser.parse_args()
+    dense, masked, batch, pruned, stay_dense = dense_and_masked(args.model, args.sparsity, args.batch_size, args.size)
     small = shrink(masked, batch[:2])
     models = {"dense": dense, "masked": masked, "shrunk": small}
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -70,7 +83,7 @@ def main() -> None:
         save_shrunk(small, folder)
         sizes["shrunk"] = megabytes(folder)
     print(
-        f"\n{args.model}, {args.sparsity:.0%} of the filters in {len(masks.weights)} layers gone ({len(stay_dense)} "
+        f"\n{args.model}, {args.sparsity:.0%} of the filters in {pruned} layers gone ({stay_dense} "
         f"weights stay dense); batches of {args.batch_size} x {args.size} x {args.size}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads"
     )
